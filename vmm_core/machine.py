@@ -1,0 +1,161 @@
+"""The nouns of the engine: frozen values that say what a machine is, was forked from, and cost."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+Accel = Literal["kvm", "tcg"]
+NetworkMode = Literal["none", "user"]
+ExitKind = Literal["destroyed", "exited", "signaled", "expired", "vanished"]
+
+
+class EgressRule(msgspec.Struct, frozen=True):
+    """One TCP endpoint a guest may open: ``host`` is a name or an IPv4 address as the guest writes it.
+
+    ``via`` is where the host really connects for it (``name:port``), when that differs from what the
+    guest writes; ``None`` means the same endpoint.
+    """
+
+    host: str
+    port: int
+    via: str | None = None
+
+
+class Network(msgspec.Struct, frozen=True):
+    """``none``: no network card at all. ``user``: a card whose only way out is the list ``allow``."""
+
+    mode: NetworkMode = "none"
+    allow: tuple[EgressRule, ...] = ()
+
+
+class MachineSpec(msgspec.Struct, frozen=True):
+    """The shape of a machine. Sizes in MiB. A fork has the shape of its parent."""
+
+    vcpus: int = 1
+    memory_mib: int = 512
+    disk_mib: int = 4096
+    network: Network = Network()
+
+
+class BootImage(msgspec.Struct, frozen=True):
+    """What a fresh machine boots: uncompressed kernel, initramfs and a raw root disk to clone."""
+
+    kernel: Path
+    initrd: Path
+    disk: Path
+    cmdline: str = ""
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a snapshot is made of; ``manifest.json`` beside its files.
+
+    ``argv_digest`` is a SHA-256 over the device part of the VMM's command line: a clone with other
+    devices would be accepted silently and be broken. ``files`` maps file name to byte size.
+    ``labels`` are the publisher's own words (template name, runner version, …).
+    """
+
+    digest: str
+    created_at: float
+    machine: MachineSpec
+    accel: Accel
+    vmm_version: str
+    cpu_model: str
+    argv_digest: str
+    files: dict[str, int]
+    labels: dict[str, str] = {}
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """A published snapshot: its directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+
+class VmRecord(msgspec.Struct, frozen=True):
+    """What is written down about a VM so that another process can adopt it; ``vm.json`` in its directory.
+
+    ``pid`` and ``start_ticks`` (field 22 of /proc/PID/stat) together name the VMM process for ever.
+    Times are Unix seconds. ``metadata`` are the caller's tags.
+    """
+
+    id: str
+    pid: int
+    start_ticks: int
+    machine: MachineSpec
+    accel: Accel
+    parent: str | None
+    template: str | None
+    created_at: float
+    expires_at: float
+    metadata: dict[str, str] = {}
+
+
+class VmExit(msgspec.Struct, frozen=True):
+    """How a VM ended. ``code``/``signal`` are the VMM's own; ``reason`` is one sentence; ``console_tail``
+    the last lines of the serial console (hostile text: at most 4 KiB, control characters removed)."""
+
+    kind: ExitKind
+    code: int | None = None
+    signal: int | None = None
+    reason: str = ""
+    console_tail: str = ""
+
+
+class VmUsage(msgspec.Struct, frozen=True):
+    """What one VM costs right now. Bytes of the guest memory mapping, apart from the VMM's own heap."""
+
+    private_dirty_bytes: int
+    shared_bytes: int
+    pss_bytes: int
+    vmm_private_bytes: int
+    cpu_seconds: float
+    disk_private_bytes: int
+
+
+class ExecResult(msgspec.Struct, frozen=True):
+    """A finished command. ``code`` is the exit status (128+N when ended by signal N, 124 on time-out).
+
+    ``truncated`` says that more output came than the caller's bound kept.
+    """
+
+    code: int
+    stdout: bytes = b""
+    stderr: bytes = b""
+    signal: int | None = None
+    timed_out: bool = False
+    truncated: bool = False
+
+
+class Output(msgspec.Struct, frozen=True):
+    """A piece of a command's output. ``offset`` counts bytes of that stream since its start."""
+
+    stream: Literal["stdout", "stderr"]
+    offset: int
+    data: bytes
+
+
+class GuestFile(msgspec.Struct, frozen=True):
+    """A small file (≤ 256 KiB) the agent writes before it starts a command, owned by the command's user."""
+
+    path: str
+    data: bytes
+    mode: int = 0o600
+
+
+class ForkTimings(msgspec.Struct, frozen=True):
+    """Milliseconds of each part of a fork, in order; their sum is the fork as the caller sees it."""
+
+    disk_ms: float = 0.0
+    spawn_ms: float = 0.0
+    load_ms: float = 0.0
+    revive_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        return self.disk_ms + self.spawn_ms + self.load_ms + self.revive_ms
