@@ -1,4 +1,4 @@
-"""The small initramfs: busybox, the virtio modules in dependency order, and an ``/init`` that finds the root disk.
+"""The small initramfs: busybox, the virtio modules in dependency order, an ``/init`` that mounts the root disk.
 
 The archive is the kernel's own format (cpio "newc"), written here so that the same inputs give the same
 bytes: sorted names, no times, no host uids. It stays uncompressed: it is small, and unpacking costs more
@@ -19,7 +19,8 @@ INIT_SCRIPT = """\
 #!/bin/busybox sh
 # Loads the virtio modules, mounts the root disk, hands over to the guest agent as PID 1.
 b=/bin/busybox
-fail() { echo "microvm-init: $*" >/dev/console; exit 1; }   # init's end panics: the VMM exits, the host sees it
+# init's end is a panic, a panic ends the VMM, and the host has the line on its console.
+fail() { echo "microvm-init: $*" >/dev/console; exit 1; }
 
 $b mount -t proc proc /proc && $b mount -t devtmpfs dev /dev || fail "cannot mount /proc or /dev"
 while read -r module; do
@@ -72,7 +73,9 @@ def module_depends(image: bytes) -> tuple[str, ...]:
     return tuple(name.replace("-", "_") for name in names.split(",") if name)
 
 
-def load_order(wanted: Iterable[str], depends: Mapping[str, tuple[str, ...]], builtin: frozenset[str]) -> list[str]:
+def load_order(
+    wanted: Iterable[str], depends: Mapping[str, tuple[str, ...]], builtin: frozenset[str]
+) -> list[str]:
     """Names in an order in which insmod works: every module after the ones it needs, each once.
 
     Raises KeyError with the name of a module that is neither a file nor built in.
@@ -116,7 +119,9 @@ def build(busybox: bytes, modules: Mapping[str, bytes], order: Iterable[str]) ->
     entries["dev/console"] = Entry(mode=stat.S_IFCHR | 0o600, device=(5, 1))
     entries["bin/busybox"] = Entry(mode=program, data=busybox)
     entries["init"] = Entry(mode=program, data=INIT_SCRIPT.encode())
-    entries["modules/order"] = Entry(mode=stat.S_IFREG | 0o644, data="".join(f"{n}\n" for n in order).encode())
+    entries["modules/order"] = Entry(
+        mode=stat.S_IFREG | 0o644, data="".join(f"{n}\n" for n in order).encode()
+    )
     for name, image in modules.items():
         entries[f"modules/{name}"] = Entry(mode=stat.S_IFREG | 0o644, data=image)
     return write_cpio(entries)
