@@ -1,0 +1,1341 @@
+"""The guest's side of the channel: one file, standard library only, PID 1 or a service.
+
+A connection, as the agent sees it:
+
+    silent ──hello──► known (same token as the last revive) or unknown (only revive, quiesce, poweroff)
+    silent, unknown ──revive──► known            entropy, clock, identity; then everything is allowed
+    known ──quiesce──► unknown                   the bake snapshots the machine now
+    any ──host vanishes, or the next hello──► silent; commands run on, unacknowledged output is kept
+
+A command: running ──its first process ends──► exited ──both outputs end──► kept until forgotten.
+
+Everything is edge-triggered and nothing is periodic: an idle agent burns no CPU and dirties no page,
+because many idle forks share one host. A virtio-serial port reports POLLIN|POLLHUP for as long as no
+host is connected (Linux drivers/char/virtio_console.c), so a level-triggered loop would spin.
+
+Runs on Python ≥ 3.9 as ``python3 -I -S agent.py [--init] [--port PATH | --listen PATH]``.
+"""
+# pathlib and contextlib are not worth their start-up time: software emulation runs Python ~15 times slower.
+# ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH108, PTH110, PTH112, PTH120, PTH208, PTH211, SIM105, S103, S108
+
+from __future__ import annotations
+
+import binascii
+import ctypes
+import errno
+import fcntl
+import gc
+import json
+import os
+import pwd
+import select
+import signal
+import stat
+import struct
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any, NoReturn
+
+    Message = dict[str, Any]
+    Frame = tuple[int, int, bytes]
+
+VERSION = "1"
+
+# ---------------------------------------------------------------------------------------------- frames
+# SLIP (RFC 1055) around [type u8][stream u32 BE][payload][crc32 u32 BE], END before and after. The host
+# imports these definitions (wire.py), so there is only one of each.
+
+REQUEST, REPLY, DATA, EOF, ACK, EXIT = 1, 2, 3, 4, 5, 6
+END, ESC = b"\xc0", b"\xdb"
+ESC_END, ESC_ESC = b"\xdb\xdc", b"\xdb\xdd"
+HEADER, CRC, OFFSET = struct.Struct(">BI"), struct.Struct(">I"), struct.Struct(">Q")
+MAX_PAYLOAD = 64 << 10
+MAX_BODY = HEADER.size + MAX_PAYLOAD + CRC.size
+MAX_ENCODED = 2 * MAX_BODY
+WINDOW = 256 << 10  # bytes of one stream on their way or unacknowledged, in either direction
+CHUNK = 31 << 10  # of stream data in a frame: the driver takes at most 32 KiB in one write
+STDIN, STDOUT, STDERR = 0, 1, 2  # added to the stream number of a command
+
+
+def encode(kind: int, stream: int, payload: bytes) -> bytes:
+    """One frame as it goes over the wire."""
+    body = HEADER.pack(kind, stream) + payload
+    body += CRC.pack(binascii.crc32(body))
+    return END + body.replace(ESC, ESC_ESC).replace(END, ESC_END) + END
+
+
+class Decoder:
+    """Bytes in, frames out. What is no frame is dropped and counted (``bad`` frames, ``garbage`` bytes).
+
+    Holds at most MAX_ENCODED bytes. Any END starts afresh, so it does not matter what came before.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._held = 0
+        self.bad = 0
+        self.garbage = 0
+
+    def feed(self, data: bytes) -> list[Frame]:
+        pieces = data.split(END)
+        last = pieces.pop()
+        frames: list[Frame] = []
+        for piece in pieces:
+            if piece:
+                self._hold(piece)
+            if self._held:
+                frame = self._take()
+                if frame is not None:
+                    frames.append(frame)
+        if last:
+            self._hold(last)
+        return frames
+
+    def _hold(self, piece: bytes) -> None:
+        self._held += len(piece)
+        if self._held <= MAX_ENCODED:
+            self._parts.append(piece)
+        else:
+            self._parts.clear()  # too long to be a frame: only its length is kept, until the next END
+            self.garbage += self._held - MAX_ENCODED
+            self._held = MAX_ENCODED + 1
+
+    def _take(self) -> Frame | None:
+        raw, held = b"".join(self._parts), self._held
+        self._parts.clear()
+        self._held = 0
+        if held <= MAX_ENCODED:
+            body = raw.replace(ESC_END, END).replace(ESC_ESC, ESC)
+            size = len(body) - CRC.size
+            if HEADER.size <= size <= MAX_BODY - CRC.size:
+                content = body[:size]
+                if CRC.pack(binascii.crc32(content)) == body[size:]:
+                    kind, stream = HEADER.unpack_from(content)
+                    return kind, stream, content[HEADER.size :]
+        self.bad += 1
+        self.garbage += held
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- limits
+
+QUEUE = 64 << 10  # bytes waiting for the port before streams stop adding to them
+QUEUE_HARD = 1 << 20  # … before requests are not read any more
+MAX_EXECS = 128
+MAX_ENDED = 64  # ended commands kept, oldest forgotten first
+LINGER = 2.0  # seconds a left-over background process may still add to a command's output
+READ = 64 << 10
+MARKER = "MICROVM_EXEC"  # in every command's environment: finds what escaped its session
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class RefusedError(Exception):
+    """The answer is no; ``reason`` is a stable word, the text a sentence."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+def refuse_os(what: str, error: OSError) -> RefusedError:
+    name = errno.errorcode.get(error.errno or 0, "EIO")
+    return RefusedError(name, f"{what}: {error.strerror or error}")
+
+
+# ---------------------------------------------------------------------------------------------- system
+
+
+def overwrite(path: str, data: bytes) -> None:
+    """Replace a small file's content in place: no new block, no rename, the least work for ext4."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if os.fstat(fd).st_size > len(data):
+            os.ftruncate(fd, len(data))
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+class System:
+    """The calls that change the whole machine, apart from the rest so that tests can replace them."""
+
+    RNDADDENTROPY = 0x40085203
+    RNDRESEEDCRNG = 0x5207
+    BOOT_ID = "/proc/sys/kernel/random/boot_id"
+    MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND = 2, 4, 8, 4096
+
+    def __init__(self) -> None:
+        self.root = ""
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._boot_id_mounted = False
+
+    def call(self, name: str, *args: object) -> int:
+        """A libc function that answers -1 and errno on failure. Raises OSError."""
+        result: int = getattr(self._libc, name)(*args)
+        if result == -1:
+            code = ctypes.get_errno()
+            raise OSError(code, f"{name}: {os.strerror(code)}")
+        return result
+
+    def add_entropy(self, seed: bytes) -> None:
+        """Mix in and reseed; without the second call the generator goes on as in every other fork."""
+        fd = os.open("/dev/urandom", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, self.RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+            fcntl.ioctl(fd, self.RNDRESEEDCRNG)
+        finally:
+            os.close(fd)
+
+    def set_clock(self, time_ns: int) -> int:
+        """Set the wall clock (Unix ns); answers the step in ns."""
+        step = time_ns - time.time_ns()
+        time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
+        return step
+
+    def set_hostname(self, name: str) -> None:
+        raw = name.encode()
+        self.call("sethostname", raw, ctypes.c_size_t(len(raw)))
+        overwrite(self.root + "/etc/hostname", raw + b"\n")
+
+    def set_machine_id(self, machine_id: str) -> None:
+        overwrite(self.root + "/etc/machine-id", machine_id.encode() + b"\n")
+
+    def set_hosts(self, text: str) -> None:
+        overwrite(self.root + "/etc/hosts", text.encode())
+
+    def new_boot_id(self) -> str:
+        """The kernel's boot id is the same in every fork and read-only: lay a file of ours over it."""
+        raw = bytearray(os.urandom(16))
+        raw[6] = raw[6] & 0x0F | 0x40
+        raw[8] = raw[8] & 0x3F | 0x80
+        digits = raw.hex()
+        text = "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+        path = self.root + "/run/microvm-boot-id"
+        overwrite(path, text.encode() + b"\n")
+        if not self._boot_id_mounted:
+            self.bind(path, self.BOOT_ID)
+            self._boot_id_mounted = True  # the file keeps its inode, so later writes show through
+        return text
+
+    def bind(self, source: str, target: str) -> None:
+        self.mount(source, target, "", self.MS_BIND)
+
+    def mount(self, source: str, target: str, fstype: str, flags: int, options: str = "") -> None:
+        names = source.encode(), target.encode(), fstype.encode()
+        self.call("mount", *names, ctypes.c_ulong(flags), options.encode())
+
+    def sync(self) -> None:
+        os.sync()
+
+    def trim_heap(self) -> None:
+        trim = getattr(self._libc, "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
+
+    def adopt_orphans(self) -> None:
+        """As a service: be the parent of what commands leave behind (PR_SET_CHILD_SUBREAPER)."""
+        self.call("prctl", 36, 1, 0, 0, 0)
+
+    def shield_from_oom(self) -> None:
+        try:
+            overwrite("/proc/self/oom_score_adj", b"-1000")
+        except OSError:
+            log("no right to lower oom_score_adj")
+
+    def poweroff(self) -> None:
+        os.sync()
+        for how in (0x4321FEDC, 0x01234567):  # RB_POWER_OFF; RB_AUTOBOOT, which -no-reboot turns into an end
+            try:
+                self.call("reboot", ctypes.c_int(how))
+            except OSError as error:
+                log(f"reboot: {error}")
+
+
+def log(text: str) -> None:
+    """To the console. Never what a command said or was given."""
+    try:
+        os.write(2, f"agent: {text}\n".encode())
+    except OSError:
+        pass
+
+
+# ---------------------------------------------------------------------------------------------- streams
+
+
+class Source:
+    """Bytes from a pipe or a file to the host: kept in ``ring`` until acknowledged, at most WINDOW.
+
+    ``base`` counts acknowledged bytes, ``sent`` the bytes given to this connection. When the ring is full
+    the descriptor is not read: whoever writes into the pipe has to wait, and nothing is lost.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.ring = bytearray()
+        self.base = 0
+        self.sent = 0
+        self.stream: int | None = None  # None: no host listens
+        self.readable = True
+        self.ended = False  # no more bytes will be added
+        self.eof_sent = False
+        self.discard = False  # ended for the host, but a background process still holds the pipe
+
+    @property
+    def total(self) -> int:
+        return self.base + len(self.ring)
+
+    def pull(self) -> bool:
+        """Read once if there is room. True: call again, there may be more."""
+        room = READ if self.discard else min(READ, WINDOW - len(self.ring))
+        if self.fd < 0 or not self.readable or room <= 0:
+            return False
+        try:
+            data = os.read(self.fd, room)
+        except BlockingIOError:
+            self.readable = False
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        elif not self.discard:
+            self.ring += data
+        return bool(data)
+
+    def push(self, agent: Agent) -> bool:
+        """Queue what the host has not got. True: there is more, but the queue was full."""
+        if self.stream is None:
+            return False
+        while self.sent < self.total:
+            if len(agent.queue) >= QUEUE:
+                return True
+            start = self.sent - self.base
+            chunk = bytes(self.ring[start : start + CHUNK])
+            agent.send(DATA, self.stream, OFFSET.pack(self.sent) + chunk)
+            self.sent += len(chunk)
+        if self.ended and not self.eof_sent:
+            agent.send(EOF, self.stream, OFFSET.pack(self.total))
+            self.eof_sent = True
+        return False
+
+    def acknowledge(self, offset: int) -> None:
+        if self.base < offset <= self.sent:
+            del self.ring[: offset - self.base]
+            self.base = offset
+
+    def attach(self, stream: int, offset: int) -> None:
+        self.sent = self.total
+        self.acknowledge(offset)
+        self.stream, self.sent, self.eof_sent = stream, offset, False
+
+    def close(self) -> None:
+        self.ended = True
+        if self.fd >= 0:
+            os.close(self.fd)  # a closed descriptor leaves the epoll set by itself
+            self.fd = -1
+
+
+class Feed:
+    """Bytes from the host into a command's standard input; the host keeps to WINDOW unwritten bytes."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.buffer = bytearray()
+        self.received = 0
+        self.written = 0
+        self.acked = 0
+        self.ending = False
+        self.writable = True
+
+    def add(self, offset: int, data: bytes) -> None:
+        if offset == self.received and len(self.buffer) + len(data) <= 2 * WINDOW:
+            self.received += len(data)
+            if self.fd < 0:
+                self.written = self.received  # the command does not read any more
+            else:
+                self.buffer += data
+
+    def flush(self) -> None:
+        while self.fd >= 0 and self.buffer and self.writable:
+            try:
+                count = os.write(self.fd, self.buffer[:READ])
+            except BlockingIOError:
+                self.writable = False
+            except OSError:
+                self.close()
+            else:
+                del self.buffer[:count]
+                self.written += count
+        if self.fd >= 0 and self.ending and not self.buffer:
+            self.close()
+
+    def close(self) -> None:
+        self.buffer.clear()
+        self.written = self.received
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Upload:
+    """A file being written beside its destination; it takes its name only when it is complete."""
+
+    def __init__(self, path: str, owner: Owner, mode: int) -> None:
+        self.path, self.owner, self.mode = path, owner, mode & 0o7777
+        self.received = 0
+        self.request = 0
+        check_target(path)
+        make_parents(path, owner)
+        self.temporary = f"{os.path.dirname(path)}/.{os.urandom(8).hex()}.part"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.fd = os.open(self.temporary, flags, 0o600)
+
+    def write(self, offset: int, data: bytes) -> None:
+        if offset != self.received:
+            raise RefusedError("bad_offset", f"{self.path}: expected offset {self.received}, got {offset}")
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.fd, view) :]
+        self.received += len(data)
+
+    def commit(self) -> None:
+        os.fchown(self.fd, self.owner.uid, self.owner.gid)
+        os.fchmod(self.fd, self.mode)
+        os.rename(self.temporary, self.path)
+        os.close(self.fd)
+
+    def abandon(self) -> None:
+        os.close(self.fd)
+        try:
+            os.unlink(self.temporary)
+        except OSError:
+            pass
+
+
+class Download:
+    """A regular file on its way to the host, at most ``limit`` bytes."""
+
+    def __init__(self, path: str, limit: int, stream: int, request: int) -> None:
+        self.path, self.limit, self.request = path, limit, request
+        # O_NONBLOCK: opening a fifo must not wait for its writer
+        self.source = Source(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY))
+        self.source.stream = stream
+        status = os.fstat(self.source.fd)
+        if not stat.S_ISREG(status.st_mode):
+            self.source.close()
+            raise RefusedError("not_regular", f"{path} is not a regular file")
+        if status.st_size > limit:
+            self.source.close()
+            raise self._too_large()
+
+    def _too_large(self) -> RefusedError:
+        return RefusedError("too_large", f"{self.path} has more than the {self.limit} bytes asked for")
+
+    def pull(self) -> bool:
+        more = self.source.pull()
+        if self.source.total > self.limit:
+            raise self._too_large()
+        if not more and self.source.fd >= 0 and not self.source.readable:
+            raise RefusedError("not_regular", f"{self.path} has no end that can be read now")
+        return more
+
+
+# ------------------------------------------------------------------------------------- files and users
+
+
+class Owner:
+    """A user of the guest, as files and processes need it."""
+
+    def __init__(self, name: str) -> None:
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            raise RefusedError("no_such_user", f"the guest has no user {name!r}") from None
+        self.name, self.uid, self.gid, self.home = name, entry.pw_uid, entry.pw_gid, entry.pw_dir
+        if os.geteuid() not in (0, self.uid):
+            raise RefusedError("not_permitted", f"the agent does not run as root and cannot become {name!r}")
+
+
+def check_target(path: str) -> None:
+    if not path.startswith("/") or path.endswith("/") or "\0" in path:
+        raise RefusedError("bad_path", f"{path!r} is not an absolute path of a file")
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise RefusedError("not_regular", f"{path} exists and is not a regular file")
+
+
+def make_parents(path: str, owner: Owner) -> None:
+    """Missing directories are made and belong to the user; existing ones stay as they are."""
+    parent = os.path.dirname(path)
+    if os.path.isdir(parent):
+        return
+    make_parents(parent, owner)
+    os.mkdir(parent, 0o755)
+    os.chown(parent, owner.uid, owner.gid)
+
+
+def write_file(path: str, data: bytes, owner: Owner, mode: int) -> None:
+    upload = Upload(path, owner, mode)
+    try:
+        upload.write(0, data)
+        upload.commit()
+    except BaseException:
+        upload.abandon()
+        raise
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+class Exec:
+    """One command: its first process, the outputs, the input, and how it ended."""
+
+    def __init__(self, ident: str, pid: int, out: int, err: int, feed: int | None) -> None:
+        self.id = ident
+        self.pid = pid
+        self.out, self.err = Source(out), Source(err)
+        self.feed = None if feed is None else Feed(feed)
+        self.stream: int | None = None
+        self.deadline: float | None = None  # of the time-out while it runs, of the linger afterwards
+        self.code: int | None = None
+        self.signal: int | None = None
+        self.timed_out = False
+        self.exit_sent = False
+
+    @property
+    def running(self) -> bool:
+        return self.code is None
+
+    @property
+    def sources(self) -> tuple[Source, Source]:
+        return self.out, self.err
+
+    def detach(self) -> None:
+        self.stream = self.out.stream = self.err.stream = None
+
+    def ended(self, status: int) -> None:
+        if os.WIFSIGNALED(status):
+            self.signal = os.WTERMSIG(status)
+            self.code = 128 + self.signal
+        else:
+            self.code = os.WEXITSTATUS(status)
+        if self.timed_out:
+            self.code = 124
+        if self.feed is not None:
+            self.feed.close()
+        self.deadline = time.monotonic() + LINGER
+
+    def cut_off(self) -> bool:
+        """The linger is over: what is in the pipes still counts, what background processes add does not.
+
+        True: both outputs have ended now.
+        """
+        for source in self.sources:
+            if not source.ended and not source.readable:
+                source.ended = source.discard = True
+        return self.out.ended and self.err.ended
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+        if self.feed is not None:
+            self.feed.close()
+
+
+def process_table() -> dict[int, tuple[str, int, int, int]]:
+    """pid → (state, parent, group, session) of every process."""
+    table: dict[int, tuple[str, int, int, int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                fields = read_small(f"/proc/{name}/stat").rpartition(b")")[2].split()
+            except OSError:
+                continue
+            table[int(name)] = (fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]))
+    return table
+
+
+def read_small(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 256 << 10)
+    finally:
+        os.close(fd)
+
+
+def members(command: Exec) -> set[int]:
+    """Living processes of a command: its session and group, their descendants, what carries its mark."""
+    table = process_table()
+    mark = f"\0{MARKER}={command.id}\0".encode()
+    found: set[int] = set()
+    for pid, (state, _, group, session) in table.items():
+        if pid == os.getpid() or state == "Z":
+            continue
+        if command.pid in (group, session):
+            found.add(pid)
+            continue
+        try:
+            if mark in b"\0" + read_small(f"/proc/{pid}/environ"):
+                found.add(pid)
+        except OSError:
+            pass
+    grown = True
+    while grown:
+        children = {pid for pid, entry in table.items() if entry[1] in found and entry[0] != "Z"} - found
+        found |= children
+        grown = bool(children)
+    return found
+
+
+def kill_members(command: Exec) -> None:
+    """SIGKILL until no new process turns up (a fork bomb gets a bounded number of rounds)."""
+    seen: set[int] = set()
+    for _ in range(20):
+        fresh = members(command) - seen
+        if not fresh:
+            return
+        for pid in fresh:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        seen |= fresh
+
+
+class Plan:
+    """A command that is about to start."""
+
+    def __init__(self, argv: list[str], env: dict[str, str], cwd: str, owner: Owner) -> None:
+        self.argv, self.env, self.cwd, self.owner = argv, env, cwd, owner
+
+
+def spawn(plan: Plan, stdio: tuple[int, int, int]) -> int:
+    """Start a process in a session of its own as its owner; answers its pid. Raises RefusedError.
+
+    The child tells through a close-on-exec pipe why it could not become the command.
+    """
+    groups = os.getgrouplist(plan.owner.name, plan.owner.gid)
+    report, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        become(plan, groups, stdio, tell)
+    os.close(tell)
+    try:
+        trouble = os.read(report, 4096)
+    finally:
+        os.close(report)
+    if trouble:
+        os.waitpid(pid, 0)
+        stage, _, code = trouble.decode().partition(" ")
+        places = {"cwd": f"working directory {plan.cwd}", "exec": plan.argv[0]}
+        what = places.get(stage, f"user {plan.owner.name}")
+        raise RefusedError("exec_failed", f"{what}: {os.strerror(int(code))}")
+    return pid
+
+
+def become(plan: Plan, groups: list[int], stdio: tuple[int, int, int], tell: int) -> NoReturn:
+    owner = plan.owner
+    stage = "user"
+    try:
+        os.setsid()
+        for wanted, fd in enumerate(stdio):
+            os.dup2(fd, wanted)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        os.umask(0o022)
+        try:
+            overwrite("/proc/self/oom_score_adj", b"0")
+        except OSError:
+            pass
+        if os.geteuid() == 0:
+            os.setgroups(groups)
+            os.setresgid(owner.gid, owner.gid, owner.gid)
+            os.setresuid(owner.uid, owner.uid, owner.uid)
+        stage = "cwd"
+        os.chdir(plan.cwd)
+        stage = "exec"
+        os.execvpe(plan.argv[0], plan.argv, plan.env)  # noqa: S606
+    except (OSError, ValueError, TypeError) as error:
+        code = error.errno if isinstance(error, OSError) else errno.EINVAL
+        os.write(tell, f"{stage} {code or errno.EIO}".encode())
+    finally:
+        os._exit(127)
+
+
+# ---------------------------------------------------------------------------------------------- agent
+
+
+class Agent:
+    """The loop: one port, any number of commands, one thread."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.port = -1
+        self.listener: Any = None
+        self.queue = bytearray()  # encoded frames on their way to the host
+        self.port_readable = self.port_writable = False
+        self.decoder = Decoder()
+        self.token: str | None = None  # of the last revive
+        self.known = False  # this connection has shown that token
+        self.execs: dict[str, Exec] = {}
+        self.uploads: dict[int, Upload] = {}
+        self.downloads: dict[int, Download] = {}
+        self.feeds: dict[int, Feed] = {}
+        self.outputs: dict[int, Source] = {}
+        self.child_ended = False
+        self.rebuild_ssh_keys = False
+        self.leaving = False
+        self.epoll = select.epoll()
+        self.watched: dict[int, Callable[[int], None]] = {}
+        self.handlers: dict[str, Callable[[int, Message], Message | None]] = {
+            "hello": self.on_hello,
+            "revive": self.on_revive,
+            "quiesce": self.on_quiesce,
+            "poweroff": self.on_poweroff,
+            "exec.start": self.on_start,
+            "exec.attach": self.on_attach,
+            "exec.kill": self.on_kill,
+            "exec.forget": self.on_forget,
+            "put": self.on_put,
+            "get": self.on_get,
+        }
+        self.open_to_all = {"hello", "revive", "quiesce", "poweroff"}
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Until poweroff. An unexpected exception ends the agent, and a PID 1 its machine: loudly."""
+        wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, on_signal)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        self.watch(wake, select.EPOLLIN, lambda _: self.drain_wakeups(wake))
+        self.child_ended = True  # as PID 1, some may have ended already
+        gc.freeze()
+        while True:
+            busy = self.work()
+            if self.leaving and not self.queue:
+                self.system.poweroff()
+                return
+            for fd, events in self.epoll.poll(0 if busy else self.next_deadline()):
+                handler = self.watched.get(fd)
+                if handler is not None:
+                    handler(events)
+
+    def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+        self.watched[fd] = handler
+        self.epoll.register(fd, events | select.EPOLLET)
+
+    def drain_wakeups(self, fd: int) -> None:
+        self.child_ended = True
+        try:
+            while os.read(fd, 512):
+                pass
+        except BlockingIOError:
+            pass
+
+    def next_deadline(self) -> float | None:
+        deadlines = [command.deadline for command in self.execs.values() if command.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def work(self) -> bool:
+        """Everything that can be done without waiting. True: there is more of it."""
+        if self.child_ended:
+            self.reap()
+        busy = self.read_port()
+        self.check_deadlines()
+        for command in tuple(self.execs.values()):
+            busy |= self.pump(command)
+        for stream in tuple(self.downloads):
+            busy |= self.pump_download(stream)
+        self.write_port()
+        return (busy and self.port_writable) or self.can_read_on()
+
+    def can_read_on(self) -> bool:
+        """Whether some pipe or the port has more and there is room for it."""
+        if self.port >= 0 and self.port_readable and len(self.queue) < QUEUE_HARD:
+            return True
+        return any(
+            source.readable and source.fd >= 0 and (source.discard or len(source.ring) < WINDOW)
+            for command in self.execs.values()
+            for source in command.sources
+        )
+
+    def reap(self) -> None:
+        self.child_ended = False
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            for command in self.execs.values():
+                if command.pid == pid and command.running:
+                    command.ended(status)
+
+    def check_deadlines(self) -> None:
+        for command in self.execs.values():
+            if command.deadline is None:
+                continue
+            now = time.monotonic()
+            if command.deadline > now:
+                continue
+            if command.running:
+                command.timed_out = True
+                command.deadline = None
+                kill_members(command)
+            else:
+                # one that is held up by its host is looked at again
+                command.deadline = None if command.cut_off() else now + LINGER
+
+    def pump(self, command: Exec) -> bool:
+        more = False
+        for source in command.sources:
+            more |= source.pull()
+            more |= source.push(self)
+        if command.deadline is not None and not command.running and command.out.ended and command.err.ended:
+            command.deadline = None
+        feed, stream = command.feed, command.stream
+        if feed is not None:
+            feed.flush()
+            if stream is not None and feed.written > feed.acked:
+                feed.acked = feed.written
+                self.send(ACK, stream + STDIN, OFFSET.pack(feed.acked))
+        if stream is not None and not command.running and not command.exit_sent:
+            command.exit_sent = True
+            result = {"code": command.code, "signal": command.signal, "timed_out": command.timed_out}
+            self.send(EXIT, stream, json.dumps(result).encode())
+        return more
+
+    def pump_download(self, stream: int) -> bool:
+        download = self.downloads[stream]
+        try:
+            more = download.pull()
+        except RefusedError as refusal:
+            self.end_download(stream)
+            self.refuse(download.request, refusal)
+            return False
+        more |= download.source.push(self)
+        if download.source.eof_sent:
+            self.end_download(stream)
+            self.reply(download.request, {"size": download.source.total})
+        return more
+
+    def end_download(self, stream: int) -> None:
+        self.downloads.pop(stream).source.close()
+        self.outputs.pop(stream, None)
+
+    # ------------------------------------------------------------ the port
+
+    def use_port(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self.port = fd
+        self.port_readable = self.port_writable = True
+        self.watch(fd, select.EPOLLIN | select.EPOLLOUT, self.on_port)
+
+    def use_listener(self, listener: Any) -> None:
+        """A listening socket instead of a port: the newest connection is the host."""
+        listener.setblocking(False)
+        self.listener = listener
+        self.watch(listener.fileno(), select.EPOLLIN, lambda _: self.accept())
+
+    def accept(self) -> None:
+        while True:
+            try:
+                connection = self.listener.accept()[0]
+            except BlockingIOError:
+                return
+            self.drop_port()
+            self.use_port(connection.detach())
+
+    def drop_port(self) -> None:
+        self.host_gone()
+        if self.listener is not None and self.port >= 0:
+            del self.watched[self.port]
+            os.close(self.port)
+            self.port = -1
+
+    def on_port(self, events: int) -> None:
+        if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+            self.port_readable = True
+        if events & select.EPOLLOUT:
+            self.port_writable = True
+
+    def read_port(self) -> bool:
+        if not self.port_readable or self.port < 0 or len(self.queue) >= QUEUE_HARD:
+            return False
+        try:
+            data = os.read(self.port, READ)
+        except BlockingIOError:
+            self.port_readable = False
+            return False
+        except OSError:
+            data = b""
+        if not data:  # no host; the next event tells when there is one
+            self.port_readable = False
+            self.drop_port()
+            return False
+        for kind, stream, payload in self.decoder.feed(data):
+            self.on_frame(kind, stream, payload)
+        return True
+
+    def write_port(self) -> None:
+        while self.queue and self.port_writable and self.port >= 0:
+            try:
+                count = os.write(self.port, self.queue[: 32 << 10])
+            except BlockingIOError:
+                self.port_writable = False
+            except OSError:
+                self.drop_port()
+                return
+            else:
+                del self.queue[:count]
+
+    def host_gone(self) -> None:
+        """Forget what belongs to the connection; commands and their unacknowledged output stay."""
+        self.known = False
+        self.queue.clear()
+        self.feeds.clear()
+        self.outputs.clear()
+        for command in self.execs.values():
+            command.detach()
+        for upload in self.uploads.values():
+            upload.abandon()
+        self.uploads.clear()
+        for stream in tuple(self.downloads):
+            self.end_download(stream)
+
+    def send(self, kind: int, stream: int, payload: bytes) -> None:
+        self.queue += encode(kind, stream, payload)
+
+    def reply(self, request: int, answer: Message) -> None:
+        answer["ok"] = True
+        self.send(REPLY, request, json.dumps(answer).encode())
+
+    def refuse(self, request: int, refusal: RefusedError) -> None:
+        answer = {"ok": False, "error": refusal.reason, "message": str(refusal)[:500]}
+        self.send(REPLY, request, json.dumps(answer).encode())
+
+    # ------------------------------------------------------------ frames
+
+    def on_frame(self, kind: int, stream: int, payload: bytes) -> None:
+        if kind == REQUEST:
+            self.on_request(stream, payload)
+            return
+        if kind not in (DATA, EOF, ACK) or len(payload) < OFFSET.size:
+            return
+        (offset,) = OFFSET.unpack_from(payload)
+        if kind == ACK:
+            source = self.outputs.get(stream)
+            if source is not None:
+                source.acknowledge(offset)
+        elif stream in self.feeds:
+            feed = self.feeds[stream]
+            if kind == DATA:
+                feed.add(offset, payload[OFFSET.size :])
+            else:
+                feed.ending = True
+        elif stream in self.uploads:
+            self.on_upload(stream, kind, offset, payload)
+        elif kind == EOF and stream in self.downloads:  # the host does not want it any more
+            self.end_download(stream)
+
+    def on_request(self, request: int, payload: bytes) -> None:
+        what = "request"
+        try:
+            message: Message = json.loads(payload)
+            what = message["op"]
+            handler = self.handlers.get(what)
+            if handler is None:
+                raise RefusedError("unknown_op", f"this agent (version {VERSION}) has no {what!r}")
+            if not self.known and what not in self.open_to_all:
+                raise RefusedError("not_revived", f"{what} before revive with this connection's token")
+            answer = handler(request, message)
+            if answer is not None:
+                self.reply(request, answer)
+        except RefusedError as refusal:
+            self.refuse(request, refusal)
+        except OSError as error:
+            self.refuse(request, refuse_os(what, error))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # only the class: the text could repeat what the request carried
+            self.refuse(request, RefusedError("bad_request", f"{what}: {type(error).__name__}"))
+
+    def on_hello(self, _: int, message: Message) -> Message:
+        token: str = message["token"]
+        self.begin(token)
+        return {"agent_version": VERSION, "revived": self.known, "execs": list(self.execs)}
+
+    def begin(self, token: str) -> None:
+        """A new host: whatever the last one was promised is void."""
+        self.host_gone()
+        self.known = self.token is not None and token == self.token
+
+    def on_revive(self, _: int, message: Message) -> Message:
+        """The measured path of every fork: no import, no subprocess, no fork."""
+        self.begin(message["token"])
+        self.token = None  # a revive that fails half-way leaves the gate shut
+        self.known = False
+        system = self.system
+        system.add_entropy(binascii.a2b_base64(message["entropy"]))
+        step = system.set_clock(message["time_ns"])
+        name: str = message["hostname"]
+        system.set_hostname(name)
+        system.set_machine_id(message["machine_id"])
+        hosts: dict[str, str] = message["hosts"]
+        lines = [f"127.0.0.1 localhost {name}", "::1 localhost ip6-localhost"]
+        lines += [f"{address} {host}" for host, address in hosts.items()]
+        system.set_hosts("\n".join(lines) + "\n")
+        boot_id = system.new_boot_id()
+        if self.rebuild_ssh_keys:
+            self.renew_ssh_keys()
+        self.token = message["token"]
+        self.known = True
+        return {"clock_step_ns": step, "boot_id": boot_id}
+
+    def renew_ssh_keys(self) -> None:
+        """Every fork has the bake's keys: remove them now, make new ones beside the first command."""
+        for path in ssh_keys():
+            os.unlink(path)
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            plan = Plan(["ssh-keygen", "-A"], {"PATH": PATH}, "/", Owner("root"))
+            spawn(plan, (null, null, null))
+        finally:
+            os.close(null)
+
+    def on_quiesce(self, _: int, __: Message) -> Message:
+        """Make the machine fit to be forked: nothing of this connection's work is left in memory."""
+        running = [command.id for command in self.execs.values() if command.running]
+        if running:
+            raise RefusedError("busy", f"still running: {', '.join(running[:5])}")
+        self.token = None
+        self.host_gone()
+        for command in self.execs.values():
+            command.close()
+        self.execs.clear()
+        self.queue, self.decoder = bytearray(), Decoder()
+        self.rebuild_ssh_keys = bool(ssh_keys())
+        self.system.sync()
+        gc.collect()
+        gc.freeze()
+        self.system.trim_heap()
+        return {}
+
+    def on_poweroff(self, _: int, __: Message) -> Message:
+        self.leaving = True
+        return {}
+
+    # ------------------------------------------------------------ commands
+
+    def on_start(self, _: int, message: Message) -> Message:
+        ident: str = message["exec"]
+        existing = self.execs.get(ident)
+        if existing is not None:
+            return self.attach(existing, message["stream"], None, None)
+        self.make_room()
+        owner = Owner(message["user"])
+        for file in message["files"]:
+            write_file(file["path"], binascii.a2b_base64(file["data"]), owner, file["mode"])
+        env = {
+            "PATH": PATH,
+            "HOME": owner.home,
+            "USER": owner.name,
+            "LOGNAME": owner.name,
+            "LANG": "C.UTF-8",
+            MARKER: ident,
+        }
+        env.update(message["env"])
+        cwd: str = message["cwd"] or (owner.home if os.path.isdir(owner.home) else "/")
+        command = self.launch(ident, Plan(message["argv"], env, cwd, owner), bool(message["stdin"]))
+        if message["timeout_s"] is not None:
+            command.deadline = time.monotonic() + message["timeout_s"]
+        self.execs[ident] = command
+        return self.attach(command, message["stream"], 0, 0)
+
+    def launch(self, ident: str, plan: Plan, with_stdin: bool) -> Exec:
+        out, out_child = os.pipe()
+        err, err_child = os.pipe()
+        feed: int | None = None
+        if with_stdin:
+            in_child, feed = os.pipe()
+        else:
+            in_child = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pid = spawn(plan, (in_child, out_child, err_child))
+        except BaseException:
+            for fd in (out, err) if feed is None else (out, err, feed):
+                os.close(fd)
+            raise
+        finally:
+            for fd in (in_child, out_child, err_child):
+                os.close(fd)
+        command = Exec(ident, pid, out, err, feed)
+        for source in command.sources:
+            os.set_blocking(source.fd, False)
+            self.watch(source.fd, select.EPOLLIN, readable_setter(source))
+        if command.feed is not None:
+            os.set_blocking(command.feed.fd, False)
+            self.watch(command.feed.fd, select.EPOLLOUT, writable_setter(command.feed))
+        return command
+
+    def make_room(self) -> None:
+        ended = [command for command in self.execs.values() if not command.running]
+        for command in ended[: max(0, len(ended) - MAX_ENDED + 1)]:
+            self.forget(command)
+        if len(self.execs) >= MAX_EXECS:
+            raise RefusedError("too_many", f"{MAX_EXECS} commands run already")
+
+    def on_attach(self, _: int, message: Message) -> Message:
+        command = self.find(message)
+        return self.attach(command, message["stream"], message["stdout_from"], message["stderr_from"])
+
+    def attach(self, command: Exec, stream: int, out_from: int | None, err_from: int | None) -> Message:
+        """Send both outputs from these offsets on (None: from the oldest byte still kept)."""
+        offsets: list[int] = []
+        for source, wanted in ((command.out, out_from), (command.err, err_from)):
+            offset = source.base if wanted is None else wanted
+            if not source.base <= offset <= source.total:
+                text = f"{command.id}: offset {offset} is not within {source.base}…{source.total}"
+                raise RefusedError("bad_offset", text)
+            offsets.append(offset)
+        if command.stream is not None:
+            for old in (command.stream + STDIN, command.stream + STDOUT, command.stream + STDERR):
+                self.feeds.pop(old, None)
+                self.outputs.pop(old, None)
+        command.stream, command.exit_sent = stream, False
+        command.out.attach(stream + STDOUT, offsets[0])
+        command.err.attach(stream + STDERR, offsets[1])
+        self.outputs[stream + STDOUT] = command.out
+        self.outputs[stream + STDERR] = command.err
+        stdin: int | None = None
+        if command.feed is not None:
+            self.feeds[stream + STDIN] = command.feed
+            stdin = command.feed.received
+            command.feed.acked = command.feed.written
+        return {
+            "pid": command.pid,
+            "stdout": offsets[0],
+            "stderr": offsets[1],
+            "stdin": stdin,
+            "stdin_written": None if command.feed is None else command.feed.written,
+        }
+
+    def find(self, message: Message) -> Exec:
+        command = self.execs.get(message["exec"])
+        if command is None:
+            raise RefusedError("unknown_exec", f"no command {message['exec']!r} here")
+        return command
+
+    def on_kill(self, _: int, message: Message) -> Message:
+        command = self.find(message)
+        number = int(message["signal"])
+        if number == signal.SIGKILL:
+            kill_members(command)
+        else:
+            try:
+                os.killpg(command.pid, number)
+            except ProcessLookupError:
+                pass
+        return {}
+
+    def on_forget(self, _: int, message: Message) -> Message:
+        command = self.find(message)
+        if command.running:
+            raise RefusedError("busy", f"{command.id} is still running")
+        self.forget(command)
+        return {}
+
+    def forget(self, command: Exec) -> None:
+        command.close()
+        del self.execs[command.id]
+        if command.stream is not None:
+            self.feeds.pop(command.stream + STDIN, None)
+            self.outputs.pop(command.stream + STDOUT, None)
+            self.outputs.pop(command.stream + STDERR, None)
+
+    # ------------------------------------------------------------ files
+
+    def on_put(self, request: int, message: Message) -> None:
+        upload = Upload(message["path"], Owner(message["user"]), message["mode"])
+        upload.request = request
+        self.uploads[message["stream"]] = upload
+
+    def on_upload(self, stream: int, kind: int, offset: int, payload: bytes) -> None:
+        upload = self.uploads[stream]
+        try:
+            if kind == DATA:
+                upload.write(offset, payload[OFFSET.size :])
+                self.send(ACK, stream, OFFSET.pack(upload.received))
+                return
+            if offset != upload.received:
+                raise RefusedError("bad_offset", f"{upload.path}: {upload.received} of {offset} bytes came")
+            check_target(upload.path)
+            upload.commit()
+        except (RefusedError, OSError) as error:
+            del self.uploads[stream]
+            upload.abandon()
+            refusal = refuse_os(upload.path, error) if isinstance(error, OSError) else error
+            self.refuse(upload.request, refusal)
+        else:
+            del self.uploads[stream]
+            self.reply(upload.request, {"size": upload.received})
+
+    def on_get(self, request: int, message: Message) -> None:
+        stream: int = message["stream"]
+        download = Download(message["path"], message["max_bytes"], stream, request)
+        self.downloads[stream] = download
+        self.outputs[stream] = download.source
+
+
+def on_signal(_: int, __: object) -> None:
+    """The wake-up pipe has the news; without a handler there would be none."""
+
+
+def readable_setter(source: Source) -> Callable[[int], None]:
+    def set_readable(_: int) -> None:
+        source.readable = True
+
+    return set_readable
+
+
+def writable_setter(feed: Feed) -> Callable[[int], None]:
+    def set_writable(_: int) -> None:
+        feed.writable = True
+
+    return set_writable
+
+
+def ssh_keys() -> list[str]:
+    try:
+        names = os.listdir("/etc/ssh")
+    except OSError:
+        return []
+    return [f"/etc/ssh/{name}" for name in names if name.startswith("ssh_host_") and "_key" in name]
+
+
+# ---------------------------------------------------------------------------------------------- start
+
+
+def set_up_machine(system: System) -> None:
+    """What an init does before anything else can run: file systems, limits, network."""
+    import resource  # noqa: PLC0415  (only an init needs it)
+
+    common = System.MS_NOSUID | System.MS_NOEXEC
+    for source, target, fstype, flags, options in (
+        ("proc", "/proc", "proc", common | System.MS_NODEV, ""),
+        ("sysfs", "/sys", "sysfs", common | System.MS_NODEV, ""),
+        ("devtmpfs", "/dev", "devtmpfs", System.MS_NOSUID, "mode=755"),
+        ("devpts", "/dev/pts", "devpts", common, "mode=620,gid=5,ptmxmode=666"),
+        ("tmpfs", "/dev/shm", "tmpfs", System.MS_NOSUID | System.MS_NODEV, "mode=1777"),
+        ("tmpfs", "/run", "tmpfs", System.MS_NOSUID | System.MS_NODEV, "mode=755,size=20%"),
+        ("cgroup2", "/sys/fs/cgroup", "cgroup2", common | System.MS_NODEV, ""),
+    ):
+        try:
+            if not os.path.isdir(target):
+                os.mkdir(target, 0o755)
+            system.mount(source, target, fstype, flags, options)
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # the initramfs may have mounted it already
+                log(f"mount {target}: {error}")
+    for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
+        if not os.path.lexists(f"/dev/{name}"):
+            os.symlink(f"/proc/self/fd{target}", f"/dev/{name}")
+    os.makedirs("/run/lock", exist_ok=True)
+    os.chmod("/run/lock", 0o1777)
+    os.makedirs("/tmp", exist_ok=True)
+    os.chmod("/tmp", 0o1777)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 524288))
+    for number in (signal.SIGINT, signal.SIGTERM):  # init is not ended by a signal
+        signal.signal(number, signal.SIG_IGN)
+    set_up_network()
+
+
+def set_up_network() -> None:
+    """lo, and eth0 as every slot has it: 10.0.2.15/24 through 10.0.2.2. By ioctl: images need no iproute2."""
+    import socket  # noqa: PLC0415  (only an init needs it)
+
+    def address(text: str) -> bytes:
+        return struct.pack("HH4s8x", socket.AF_INET, 0, socket.inet_aton(text))
+
+    def interface(name: str, value: bytes) -> bytes:
+        return struct.pack("16s24s", name.encode(), value)
+
+    up = struct.pack("H", 0x1 | 0x40)  # IFF_UP | IFF_RUNNING
+    control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        for name, ip, mask in (("lo", "127.0.0.1", "255.0.0.0"), ("eth0", "10.0.2.15", "255.255.255.0")):
+            if not os.path.isdir(f"/sys/class/net/{name}"):
+                continue
+            fcntl.ioctl(control, 0x8916, interface(name, address(ip)))  # SIOCSIFADDR
+            fcntl.ioctl(control, 0x891C, interface(name, address(mask)))  # SIOCSIFNETMASK
+            fcntl.ioctl(control, 0x8914, interface(name, up))  # SIOCSIFFLAGS
+            if name == "eth0":  # struct rtentry: pad, dst, gateway, genmask, flags RTF_UP|RTF_GATEWAY
+                anywhere = address("0.0.0.0")
+                route = struct.pack("@L16s16s16sH", 0, anywhere, address("10.0.2.2"), anywhere, 0x3)
+                fcntl.ioctl(control, 0x890B, route.ljust(120, b"\0"))  # SIOCADDRT
+    except OSError as error:
+        log(f"network: {error}")
+    finally:
+        control.close()
+
+
+def find_port(wait: float = 30.0) -> str:
+    """The device of the virtio-serial port named ``agent``; its name arrives a moment after its driver."""
+    base = "/sys/class/virtio-ports"
+    deadline = time.monotonic() + wait
+    while time.monotonic() < deadline:
+        for port in os.listdir(base) if os.path.isdir(base) else ():
+            try:
+                name = read_small(f"{base}/{port}/name").strip()
+            except OSError:
+                continue
+            if name == b"agent" and os.path.exists(f"/dev/{port}"):
+                return f"/dev/{port}"
+        time.sleep(0.005)
+    raise SystemExit("agent: no virtio-serial port named agent")
+
+
+def open_port(path: str) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if os.isatty(fd):
+        import tty  # noqa: PLC0415  (a pseudo-terminal is for tests)
+
+        tty.setraw(fd)
+    return fd
+
+
+def main(argv: Iterable[str], system: System | None = None) -> None:
+    options = list(argv)
+    while os.open("/dev/null" if os.path.exists("/dev/null") else "/", os.O_RDONLY) <= 2:
+        pass  # 0, 1 and 2 must not become pipes of ours
+    system = system or System()
+    agent = Agent(system)
+    if "--init" in options:
+        set_up_machine(system)
+    elif os.getpid() != 1:
+        system.adopt_orphans()
+    system.shield_from_oom()
+    agent.rebuild_ssh_keys = bool(ssh_keys())
+    if "--listen" in options:
+        import socket  # noqa: PLC0415  (virtio-serial needs none)
+
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(options[options.index("--listen") + 1])
+        listener.listen(4)
+        agent.use_listener(listener)
+    else:
+        path = options[options.index("--port") + 1] if "--port" in options else find_port()
+        agent.use_port(open_port(path))
+    agent.run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
