@@ -149,13 +149,27 @@ class GuestFile(msgspec.Struct, frozen=True):
 
 
 class ForkTimings(msgspec.Struct, frozen=True):
-    """Milliseconds of each part of a fork, in order; their sum is the fork as the caller sees it."""
+    """Milliseconds of each part of a fork, in order; their sum is the fork as the caller sees it.
+
+    ``disk_ms`` clones the disk; ``spawn_ms`` ends when the VMM has been told to load the state;
+    ``revive_ms`` covers the load and the guest's first answer; ``record_ms`` writes down what lives.
+    """
 
     disk_ms: float = 0.0
     spawn_ms: float = 0.0
-    load_ms: float = 0.0
     revive_ms: float = 0.0
+    record_ms: float = 0.0
 
     @property
     def total_ms(self) -> float:
-        return self.disk_ms + self.spawn_ms + self.load_ms + self.revive_ms
+        return self.disk_ms + self.spawn_ms + self.revive_ms + self.record_ms
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What this host offers. ``accel`` is None until a kernel was there to probe with; ``notes`` are sentences
+    about what works less well than it could, and why."""
+
+    vmm: str
+    accel: Accel | None
+    pool: str
+    notes: tuple[str, ...] = ()

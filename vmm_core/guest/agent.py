@@ -75,7 +75,7 @@ class Decoder:
     """
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        self._buffer = bytearray()
         self._held = 0
         self.bad = 0
         self.garbage = 0
@@ -98,15 +98,15 @@ class Decoder:
     def _hold(self, piece: bytes) -> None:
         self._held += len(piece)
         if self._held <= MAX_ENCODED:
-            self._parts.append(piece)
+            self._buffer += piece
         else:
-            self._parts.clear()  # too long to be a frame: only its length is kept, until the next END
+            self._buffer.clear()  # too long to be a frame: only its length is kept, until the next END
             self.garbage += self._held - MAX_ENCODED
             self._held = MAX_ENCODED + 1
 
     def _take(self) -> Frame | None:
-        raw, held = b"".join(self._parts), self._held
-        self._parts.clear()
+        raw, held = bytes(self._buffer), self._held
+        self._buffer.clear()
         self._held = 0
         if held <= MAX_ENCODED:
             body = raw.replace(ESC_END, END).replace(ESC_ESC, ESC)
@@ -217,16 +217,29 @@ class System:
         path = self.root + "/run/microvm-boot-id"
         overwrite(path, text.encode() + b"\n")
         if not self._boot_id_mounted:
-            self.bind(path, self.BOOT_ID)
+            self.mount(path, self.BOOT_ID, "", self.MS_BIND)
             self._boot_id_mounted = True  # the file keeps its inode, so later writes show through
         return text
-
-    def bind(self, source: str, target: str) -> None:
-        self.mount(source, target, "", self.MS_BIND)
 
     def mount(self, source: str, target: str, fstype: str, flags: int, options: str = "") -> None:
         names = source.encode(), target.encode(), fstype.encode()
         self.call("mount", *names, ctypes.c_ulong(flags), options.encode())
+
+    def ssh_keys(self) -> list[str]:
+        directory = self.root + "/etc/ssh"
+        names = os.listdir(directory) if os.path.isdir(directory) else []
+        return [f"{directory}/{name}" for name in names if name.startswith("ssh_host_") and "_key" in name]
+
+    def make_ssh_keys(self) -> None:
+        """In the background; new ones for what ``revive`` removed."""
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            plan = Plan(["ssh-keygen", "-A", "-f", self.root or "/"], {"PATH": PATH}, "/", Owner("root"))
+            spawn(plan, (null, null, null))
+        except RefusedError as refusal:
+            log(f"no new ssh host keys: {refusal}")
+        finally:
+            os.close(null)
 
     def sync(self) -> None:
         os.sync()
@@ -690,7 +703,8 @@ class Agent:
         self.feeds: dict[int, Feed] = {}
         self.outputs: dict[int, Source] = {}
         self.child_ended = False
-        self.rebuild_ssh_keys = False
+        self.has_ssh_keys = bool(system.ssh_keys())  # not looked up in revive
+        self.make_ssh_keys = False
         self.leaving = False
         self.epoll = select.epoll()
         self.watched: dict[int, Callable[[int], None]] = {}
@@ -755,6 +769,9 @@ class Agent:
         for stream in tuple(self.downloads):
             busy |= self.pump_download(stream)
         self.write_port()
+        if self.make_ssh_keys and not self.queue:
+            self.make_ssh_keys = False
+            self.system.make_ssh_keys()
         return (busy and self.port_writable) or self.can_read_on()
 
     def can_read_on(self) -> bool:
@@ -994,22 +1011,13 @@ class Agent:
         lines += [f"{address} {host}" for host, address in hosts.items()]
         system.set_hosts("\n".join(lines) + "\n")
         boot_id = system.new_boot_id()
-        if self.rebuild_ssh_keys:
-            self.renew_ssh_keys()
+        if self.has_ssh_keys:
+            for path in system.ssh_keys():
+                os.unlink(path)
+            self.make_ssh_keys = True  # once the answer is out
         self.token = message["token"]
         self.known = True
         return {"clock_step_ns": step, "boot_id": boot_id}
-
-    def renew_ssh_keys(self) -> None:
-        """Every fork has the bake's keys: remove them now, make new ones beside the first command."""
-        for path in ssh_keys():
-            os.unlink(path)
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            plan = Plan(["ssh-keygen", "-A"], {"PATH": PATH}, "/", Owner("root"))
-            spawn(plan, (null, null, null))
-        finally:
-            os.close(null)
 
     def on_quiesce(self, _: int, __: Message) -> Message:
         """Make the machine fit to be forked: nothing of this connection's work is left in memory."""
@@ -1022,7 +1030,7 @@ class Agent:
             command.close()
         self.execs.clear()
         self.queue, self.decoder = bytearray(), Decoder()
-        self.rebuild_ssh_keys = bool(ssh_keys())
+        self.has_ssh_keys = bool(self.system.ssh_keys())
         self.system.sync()
         gc.collect()
         gc.freeze()
@@ -1213,14 +1221,6 @@ def writable_setter(feed: Feed) -> Callable[[int], None]:
     return set_writable
 
 
-def ssh_keys() -> list[str]:
-    try:
-        names = os.listdir("/etc/ssh")
-    except OSError:
-        return []
-    return [f"/etc/ssh/{name}" for name in names if name.startswith("ssh_host_") and "_key" in name]
-
-
 # ---------------------------------------------------------------------------------------------- start
 
 
@@ -1323,7 +1323,6 @@ def main(argv: Iterable[str], system: System | None = None) -> None:
     elif os.getpid() != 1:
         system.adopt_orphans()
     system.shield_from_oom()
-    agent.rebuild_ssh_keys = bool(ssh_keys())
     if "--listen" in options:
         import socket  # noqa: PLC0415  (virtio-serial needs none)
 

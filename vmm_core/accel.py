@@ -1,0 +1,106 @@
+"""Decides between KVM and software emulation by a real boot, because /dev/kvm can exist and not work."""
+
+import asyncio
+import hashlib
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from vmm_core.drivers.base import DriverInfo
+from vmm_core.machine import Accel, BootImage
+
+PROBE_SECONDS = 4.0
+_HEARD = b"Linux version"
+
+
+class AccelChoice(msgspec.Struct, frozen=True):
+    """Which acceleration this host gets, and why in one sentence. ``key`` is what the choice was made for."""
+
+    accel: Accel
+    why: str
+    key: str
+
+
+async def choose(driver: DriverInfo, image: BootImage, cache: Path) -> AccelChoice:
+    """KVM when the kernel of ``image`` prints its first line under it within seconds; the answer is cached.
+
+    The cache holds for this QEMU, host kernel and guest kernel.
+    """
+    obstacle = kvm_obstacle()
+    if obstacle is not None:
+        return AccelChoice(accel="tcg", why=obstacle, key="")
+    key = _key(driver, image)
+    known = cached(cache)
+    if known is not None and known.key == key:
+        return known
+    heard = await _probe(driver, image)
+    choice = AccelChoice(
+        accel="kvm" if heard else "tcg",
+        why="a kernel booted under KVM"
+        if heard
+        else f"/dev/kvm is there, but a kernel printed nothing under it within {PROBE_SECONDS:.0f} s (nested without support?)",
+        key=key,
+    )
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    draft = cache.with_suffix(f".{os.getpid()}")
+    draft.write_bytes(msgspec.json.encode(choice))
+    draft.replace(cache)
+    return choice
+
+
+def kvm_obstacle() -> str | None:
+    """Why KVM cannot even be tried; None when it can."""
+    if not Path("/dev/kvm").exists():
+        return "there is no /dev/kvm: virtualization is off in the firmware, or this is a VM without nesting"
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "no permission for /dev/kvm: run as root or join the group kvm"
+    return None
+
+
+def cached(cache: Path) -> AccelChoice | None:
+    try:
+        return msgspec.json.decode(cache.read_bytes(), type=AccelChoice)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _key(driver: DriverInfo, image: BootImage) -> str:
+    kernel = image.kernel.stat()
+    facts = f"{driver.version} {platform.release()} {kernel.st_size} {Path('/proc/sys/kernel/random/boot_id').read_text()}"
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+async def _probe(driver: DriverInfo, image: BootImage) -> bool:
+    with tempfile.TemporaryFile() as log:
+        process = await asyncio.create_subprocess_exec(
+            driver.binary,
+            *("-M", "microvm,x-option-roms=off,rtc=on,acpi=on", "-accel", "kvm", "-cpu", "host", "-m", "256M"),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
+            *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
+            *("-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=t rdinit=/probe-only"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+        )
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                return await _hears(process)
+        except TimeoutError:
+            return False
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+async def _hears(process: asyncio.subprocess.Process) -> bool:
+    heard = b""
+    assert process.stdout is not None
+    while data := await process.stdout.read(4096):
+        heard = (heard + data)[-65536:]
+        if _HEARD in heard:
+            return True
+    return False

@@ -1,0 +1,337 @@
+"""QEMU's ``microvm`` machine: KVM where it really boots, software emulation elsewhere.
+
+    boot ──► running ──► save: stop → device state → memory → disk ──► killed
+    restore (sealed memory + device state) ──► running by itself as soon as the state is loaded
+
+A clone has the device arguments of its parent to the letter (``device_args`` is a pure function of the
+machine); what may differ is what the devices are backed by: memory, disk, sockets, the network's list.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vmm_core import clock, memory
+from vmm_core.disk import clone_file
+from vmm_core.drivers.base import DriverInfo, Place, Saved
+from vmm_core.drivers.qmp import Qmp
+from vmm_core.errors import VmmError, VmmMissing, VmmProtocolError
+from vmm_core.machine import Accel, BootImage, EgressRule, MachineSpec, VmExit
+from vmm_core.network import user
+from vmm_core.process import VmmProcess
+
+BINARY = "qemu-system-x86_64"
+OLDEST = (7, 2)
+DISK, MEMORY, STATE = "disk.img", "memory.img", "state.bin"
+AGENT_SOCKET, QMP_SOCKET, CONSOLE_SOCKET = "agent.sock", "qmp.sock", "console.sock"
+_SAVE_SECONDS = 60.0
+
+
+def find_qemu() -> DriverInfo:
+    """The QEMU of this host. Raises VmmMissing, saying what to install, when there is none or it is too old."""
+    binary = shutil.which(BINARY)
+    if binary is None:
+        raise VmmMissing(f"{BINARY} is not on PATH: install it (Debian: apt-get install qemu-system-x86)")
+    try:
+        answer = subprocess.run([binary, "--version"], capture_output=True, timeout=10, check=True, text=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise VmmMissing(f"{binary} --version failed: {error}") from error
+    found = re.search(r"version (\d+)\.(\d+)(\.\d+)?", answer.stdout)
+    if found is None or (int(found[1]), int(found[2])) < OLDEST:
+        raise VmmMissing(f"{binary} is too old ({answer.stdout.splitlines()[0]}): QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
+    return DriverInfo(name="qemu", version=found[0].removeprefix("version "), binary=binary)
+
+
+def cpu_model(accel: Accel) -> str:
+    """What a snapshot is tied to: the host's CPU under KVM, QEMU's own under software emulation."""
+    if accel == "tcg":
+        return "max"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown"
+
+
+def device_args(machine: MachineSpec, accel: Accel) -> list[str]:
+    """The part of the command line that a clone must share with its parent."""
+    args = [
+        "-M", "microvm,x-option-roms=off,rtc=on,acpi=on,memory-backend=mem",
+        "-cpu", "max" if accel == "tcg" else "host,arch-capabilities=off",
+        "-smp", str(machine.vcpus),
+        "-m", f"{machine.memory_mib}M",
+        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        # The saved state does not say "paused": a clone runs as soon as its state is loaded.
+        "-global", "migration.store-global-state=off",
+        "-serial", "chardev:console",
+        "-device", "virtio-blk-device,drive=root",
+        "-device", "virtio-serial-device",
+        "-device", "virtserialport,chardev=agent,name=agent",
+        "-device", "virtio-rng-device",
+    ]  # fmt: skip
+    if machine.network.mode == "user":
+        args += ["-device", f"virtio-net-device,netdev=net,mac={user.GUEST_MAC}"]
+    return args
+
+
+def argv_digest(machine: MachineSpec, accel: Accel) -> str:
+    return hashlib.sha256(json.dumps(device_args(machine, accel)).encode()).hexdigest()
+
+
+class Descriptors:
+    """The descriptors a VMM inherits: three listening sockets in its directory, its memory, its device state."""
+
+    def __init__(self, directory: Path) -> None:
+        self._stack = contextlib.ExitStack()
+        self.all: list[int] = []
+        self._directory = directory
+
+    def listen(self, name: str) -> int:
+        """Bind ``name`` in the VM's directory. Bound before the VMM starts, so nobody has to wait for it to appear."""
+        sock = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        with short_path(self._directory / name) as address:
+            sock.bind(address)
+        sock.listen(4)
+        return self._keep(sock.fileno())
+
+    def open(self, path: Path, flags: int) -> int:
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        self._stack.callback(os.close, fd)
+        return self._keep(fd)
+
+    def lend(self, fd: int) -> int:
+        """Pass on a descriptor that stays the caller's."""
+        return self._keep(fd)
+
+    def _keep(self, fd: int) -> int:
+        self.all.append(fd)
+        return fd
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@contextlib.contextmanager
+def short_path(path: Path) -> Iterator[str]:
+    """An address for a Unix socket at ``path`` that fits 108 bytes, however long the path is."""
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
+
+
+class QemuVm:
+    """One QEMU process. ``_memory`` is the shared memory of a machine that booted; a clone has none to save."""
+
+    def __init__(self, place: Place, machine: MachineSpec, accel: Accel, process: VmmProcess) -> None:
+        self._place = place
+        self._machine = machine
+        self._accel: Accel = accel
+        self._process = process
+        self._qmp: Qmp | None = None
+        self._memory: int | None = None
+        self._state: int | None = None
+        self._version = ""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def start_ticks(self) -> int:
+        return self._process.start_ticks
+
+    @property
+    def agent_socket(self) -> Path:
+        return self._place.directory / AGENT_SOCKET
+
+    def own(self, memory_fd: int, state_fd: int, version: str) -> None:
+        """Keep what a later save needs: the memory and the descriptor the VMM writes its state to."""
+        self._memory, self._state, self._version = memory_fd, state_fd, version
+
+    async def connect(self) -> Qmp:
+        if self._qmp is None:
+            with short_path(self._place.directory / QMP_SOCKET) as address:
+                self._qmp = await Qmp.connect(address)
+        return self._qmp
+
+    async def save(self, directory: Path) -> Saved:
+        if self._memory is None or self._state is None:
+            raise VmmProtocolError(f"VM {self._place.id} is a clone: only a machine that booted can be saved")
+        qmp = await self.connect()
+        await qmp.execute("stop")
+        await qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+        await qmp.lend("state", self._state)
+        await qmp.execute("migrate", uri="fd:state")
+        await self._migrated(qmp)
+        # Same pause: memory, device state and disk belong to one instant.
+        await asyncio.to_thread(memory.save_sparse, self._memory, directory / MEMORY)
+        await asyncio.to_thread(clone_file, self._place.directory / STATE, directory / STATE)
+        await asyncio.to_thread(clone_file, self._place.directory / DISK, directory / DISK)
+        await self.kill()
+        return Saved(
+            argv_digest=argv_digest(self._machine, self._accel),
+            cpu_model=cpu_model(self._accel),
+            vmm_version=self._version,
+        )
+
+    async def _migrated(self, qmp: Qmp) -> None:
+        deadline = time.monotonic() + _SAVE_SECONDS
+        while time.monotonic() < deadline:
+            answer = await qmp.execute("query-migrate")
+            status = answer.get("status")
+            if status == "completed":
+                return
+            if status in ("failed", "cancelled"):
+                raise VmmProtocolError(f"QEMU could not save its state: {answer.get('error-desc', status)}")
+            await asyncio.sleep(0.005)
+        raise VmmProtocolError(f"QEMU did not save its state within {_SAVE_SECONDS:.0f} s")
+
+    async def wait(self) -> VmExit:
+        status = await self._process.wait()
+        said = self._process.log_text().strip()[-500:]
+        if status is None:
+            return VmExit(kind="vanished", reason=f"the VMM ended. {said}".strip())
+        if status < 0:
+            return VmExit(kind="signaled", signal=-status, reason=f"the VMM was ended by signal {-status}. {said}".strip())
+        return VmExit(kind="exited", code=status, reason=f"the VMM exited with status {status}. {said}".strip())
+
+    async def kill(self) -> None:
+        await self._process.end()
+        await self.detach()
+
+    async def detach(self) -> None:
+        if self._qmp is not None:
+            await self._qmp.close()
+            self._qmp = None
+        for fd in (self._memory, self._state):
+            if fd is not None:
+                os.close(fd)
+        self._memory = self._state = None
+        self._process.close()
+
+
+class QemuDriver:
+    """Starts QEMU. ``info`` is found at construction (VmmMissing when there is no usable QEMU)."""
+
+    def __init__(self, info: DriverInfo | None = None) -> None:
+        self.info = info or find_qemu()
+
+    async def boot(self, place: Place, machine: MachineSpec, image: BootImage, accel: Accel) -> QemuVm:
+        fds = Descriptors(place.directory)
+        memory_fd = memory.fresh_memory(machine.memory_mib << 20)
+        state_fd = -1
+        try:
+            state_fd = os.open(place.directory / STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            arguments = [
+                *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
+                *("-append", kernel_command_line(accel, image.cmdline)),
+            ]
+            process = self._spawn(place, machine, accel, fds, memory_fd, arguments, share=True)
+        except BaseException:
+            os.close(memory_fd)
+            if state_fd >= 0:
+                os.close(state_fd)
+            raise
+        finally:
+            fds.close()
+        vm = QemuVm(place, machine, accel, process)
+        vm.own(memory_fd, state_fd, self.info.version)
+        return vm
+
+    async def restore(self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path) -> QemuVm:
+        fds = Descriptors(place.directory)
+        try:
+            state_fd = fds.open(state, os.O_RDONLY)
+            process = self._spawn(place, machine, accel, fds, memory, ["-incoming", "defer"], share=False)
+        finally:
+            fds.close()
+        vm = QemuVm(place, machine, accel, process)
+        try:
+            qmp = await vm.connect()
+            # Pipelined: the monitor answers when it is up, nobody waits in between.
+            qmp.send("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+            await qmp.execute("migrate-incoming", uri=f"fd:{state_fd}")
+        except BaseException as error:
+            await process.end()
+            said = process.log_text().strip()
+            await vm.kill()
+            if isinstance(error, VmmError) and said:
+                raise VmmProtocolError(f"{error}; QEMU said: {said[-500:]}") from error
+            raise
+        return vm
+
+    def adopt(self, place: Place, pid: int, start_ticks: int) -> QemuVm | None:
+        process = VmmProcess.adopt(pid, start_ticks)
+        if process is None:
+            return None
+        return QemuVm(place, MachineSpec(), "tcg", process)
+
+    def snapshot_fits(self, machine: MachineSpec, accel: Accel, saved: Saved) -> str | None:
+        if saved.argv_digest != argv_digest(machine, accel):
+            return "it was saved with other devices than this release gives a machine"
+        if saved.vmm_version.split(".")[:2] != self.info.version.split(".")[:2]:
+            return f"it was saved by QEMU {saved.vmm_version} and this host has {self.info.version}"
+        if saved.cpu_model != cpu_model(accel):
+            return f"it was saved on CPU {saved.cpu_model!r} and this host has {cpu_model(accel)!r}"
+        return None
+
+    def _spawn(
+        self,
+        place: Place,
+        machine: MachineSpec,
+        accel: Accel,
+        fds: Descriptors,
+        memory_fd: int,
+        arguments: Sequence[str],
+        *,
+        share: bool,
+    ) -> VmmProcess:
+        qmp, agent, console = fds.listen(QMP_SOCKET), fds.listen(AGENT_SOCKET), fds.listen(CONSOLE_SOCKET)
+        fds.lend(memory_fd)
+        size = f"{machine.memory_mib}M"
+        argv = [
+            self.info.binary,
+            *("-name", place.id),
+            *("-accel", accel),
+            *device_args(machine, accel),
+            "-object",
+            f"memory-backend-file,id=mem,size={size},mem-path=/proc/self/fd/{memory_fd},share={'on' if share else 'off'}",
+            *("-chardev", f"socket,id=qmp,fd={qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
+            *("-chardev", f"socket,id=agent,fd={agent},server=on,wait=off"),
+            *("-chardev", f"socket,id=console,fd={console},server=on,wait=off"),
+            *("-blockdev", f"driver=raw,node-name=root,discard=unmap,file.driver=file,file.filename={DISK}"),
+            *("-sandbox", _sandbox(place.allow)),
+            *_network_args(machine, place),
+            *arguments,
+        ]
+        return VmmProcess.spawn(argv, cwd=place.directory, pass_fds=fds.all)
+
+
+def _sandbox(allow: Sequence[EgressRule]) -> str:
+    # A relay is a child of QEMU, so only a VM without any may be denied to start programs.
+    spawn = "allow" if allow else "deny"
+    return f"on,obsolete=deny,elevateprivileges=deny,spawn={spawn},resourcecontrol=deny"
+
+
+def _network_args(machine: MachineSpec, place: Place) -> list[str]:
+    if machine.network.mode == "none":
+        return []
+    return ["-netdev", user.netdev_argument(place.allow, place.directory)]
+
+
+def kernel_command_line(accel: Accel, extra: str) -> str:
+    """What every guest kernel is told; under emulation also the speed of the clock it cannot measure under load."""
+    words = ["console=ttyS0", "quiet", "panic=-1", "reboot=t", "root=/dev/vda", "rw", "random.trust_cpu=on"]
+    if accel == "tcg":
+        words.append(f"tsc_early_khz={clock.tsc_khz()}")
+    return " ".join([*words, extra]).strip()

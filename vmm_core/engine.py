@@ -1,0 +1,570 @@
+"""The package's front door: boots, snapshots, forks, adopts and destroys the VMs of one data directory.
+
+    async with Engine.open("/var/lib/microvm") as engine:
+        async with engine.fork("python-ci") as vm:
+            print((await vm.exec("python3 --version")).stdout)
+
+Several processes may have engines on the same directory: a VM belongs to the process that holds the
+lock in its directory. When that process dies the VM lives on, and any engine may adopt it.
+"""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from vmm_core import accel as acceleration
+from vmm_core import memory
+from vmm_core.console import Console
+from vmm_core.disk import Pool, clone_file, open_pool
+from vmm_core.drivers.base import Driver, Place, Saved, Vm
+from vmm_core.drivers.qemu import CONSOLE_SOCKET, DISK, MEMORY, STATE, QemuDriver
+from vmm_core.errors import (
+    BadRequest,
+    BootFailed,
+    GuestError,
+    HostOutOfMemory,
+    PoolFull,
+    SnapshotInvalid,
+    UnknownVm,
+    VmDied,
+)
+from vmm_core.guest.channel import Channel, Revive
+from vmm_core.machine import (
+    Accel,
+    BootImage,
+    EgressRule,
+    EngineInfo,
+    ForkTimings,
+    MachineSpec,
+    Manifest,
+    Snapshot,
+    VmRecord,
+)
+from vmm_core.network import user
+from vmm_core.process import VmmProcess
+from vmm_core.snapshot import SnapshotStore, file_sizes
+from vmm_core.vm import RunningVm, remove_tree
+
+RECORD, LOCK = "vm.json", "lock"
+BOOT_SECONDS = 120.0
+REVIVE_SECONDS = 30.0
+RESIDENT_PARENTS = 4
+_MEMORY_RESERVE_MIB = 256
+# What a fresh clone and its VMM need at once; what it writes later is its own affair.
+_FORK_MEMORY_MIB = 96
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Made by ``Engine.open``. ``on_step`` hears the name of each step of a fork as it begins."""
+
+    def __init__(self, data_dir: Path, pool: Pool, driver: Driver, on_step: Callable[[str], None] | None) -> None:
+        self.data_dir = data_dir
+        self.pool = pool
+        self.driver = driver
+        self.snapshots = SnapshotStore(pool)
+        self._on_step = on_step or (lambda _name: None)
+        self._vms: dict[str, RunningVm] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._resident: OrderedDict[str, int] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[int]] = {}
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls, data_dir: Path | str, *, driver: Driver | None = None, on_step: Callable[[str], None] | None = None
+    ) -> AsyncIterator["Engine"]:
+        """Open the engine of ``data_dir``, making its pool where needed.
+
+        At the end the VMs made by ``launch`` run on (adopt them later); those of ``fork`` and ``boot`` are gone.
+        Raises HostUnfit, VmmMissing or PoolFull, each saying what to do.
+        """
+        chosen = driver or QemuDriver()
+        directory = Path(data_dir).absolute()
+        async with open_pool(directory) as pool:
+            engine = cls(directory, pool, chosen, on_step)
+            try:
+                yield engine
+            finally:
+                await engine._close()
+
+    @property
+    def staging(self) -> Path:
+        """A scratch directory on the pool: what is made there can be cloned without copying."""
+        return self.pool.staging
+
+    @property
+    def info(self) -> EngineInfo:
+        choice = acceleration.cached(self._accel_cache)
+        obstacle = acceleration.kvm_obstacle()
+        notes = [self.pool.note] if self.pool.note else []
+        if obstacle is not None or (choice is not None and choice.accel == "tcg"):
+            notes.append(f"software emulation: {obstacle or (choice and choice.why)}")
+        decided: Accel | None = "tcg" if obstacle is not None else choice.accel if choice is not None else None
+        vmm = f"{self.driver.info.name} {self.driver.info.version}"
+        return EngineInfo(vmm=vmm, accel=decided, pool=self.pool.kind, notes=tuple(notes))
+
+    async def choose_accel(self, image: BootImage) -> Accel:
+        """KVM where the kernel of ``image`` boots under it, else software emulation; cached per host and kernel."""
+        return (await acceleration.choose(self.driver.info, image, self._accel_cache)).accel
+
+    @contextlib.asynccontextmanager
+    async def boot(
+        self, image: BootImage, machine: MachineSpec, *, ttl: float = 3600.0, metadata: Mapping[str, str] | None = None
+    ) -> AsyncIterator[RunningVm]:
+        """A fresh machine from a kernel and a disk, ready when its agent has answered; destroyed at the end."""
+        vm = await self._boot(image, machine, ttl, metadata)
+        try:
+            yield vm
+        finally:
+            await vm.destroy()
+
+    @contextlib.asynccontextmanager
+    async def fork(
+        self,
+        parent: str | Snapshot,
+        *,
+        ttl: float = 3600.0,
+        metadata: Mapping[str, str] | None = None,
+        allow: Sequence[EgressRule] | None = None,
+        hostname: str | None = None,
+    ) -> AsyncIterator[RunningVm]:
+        """A clone of ``parent``, revived; destroyed at the end. Arguments and errors as ``launch``."""
+        vm = await self.launch(parent, ttl=ttl, metadata=metadata, allow=allow, hostname=hostname)
+        try:
+            yield vm
+        finally:
+            await vm.destroy()
+
+    async def launch(
+        self,
+        parent: str | Snapshot,
+        *,
+        ttl: float = 3600.0,
+        metadata: Mapping[str, str] | None = None,
+        allow: Sequence[EgressRule] | None = None,
+        hostname: str | None = None,
+    ) -> RunningVm:
+        """A clone of ``parent`` (a name, digest or snapshot) that lives until destroyed or ``ttl`` seconds old.
+
+        ``allow`` narrows or replaces the endpoints its template is open to. When this raises, nothing is left.
+        Raises UnknownTemplate, SnapshotInvalid, PoolFull, HostOutOfMemory, BadRequest, VmFailed, GuestError.
+        """
+        self._on_step("resolve")
+        snapshot = parent if isinstance(parent, Snapshot) else self.snapshots.resolve(parent)
+        manifest = snapshot.manifest
+        rules = tuple(manifest.machine.network.allow if allow is None else allow)
+        self._require(manifest.machine, rules, _FORK_MEMORY_MIB)
+        self._require_fit(manifest)
+        started = time.perf_counter()
+        async with contextlib.AsyncExitStack() as undo:
+            place, lock = self._new_place(rules, undo)
+            self._on_step("disk")
+            await self._clone_disk(snapshot.path / DISK, place.directory / DISK)
+            cloned = time.perf_counter()
+            self._on_step("memory")
+            resident = await self._resident_memory(snapshot)
+            self._on_step("spawn")
+            machine = msgspec.structs.replace(manifest.machine, network=_open_to(manifest.machine, rules))
+            driver_vm = await self.driver.restore(place, machine, manifest.accel, resident, snapshot.path / STATE)
+            undo.push_async_callback(driver_vm.kill)
+            loaded = time.perf_counter()
+            self._on_step("connect")
+            channel = await Channel.connect(driver_vm.agent_socket)
+            undo.push_async_callback(channel.close)
+            self._on_step("revive")
+            await _unless_dead(driver_vm, channel.revive(self._revive(place, hostname), timeout=REVIVE_SECONDS))
+            revived = time.perf_counter()
+            self._on_step("record")
+            names = {name for name, digest in self.snapshots.names().items() if digest == manifest.digest}
+            record = self._record(
+                place, driver_vm, machine, manifest.accel, ttl, metadata,
+                parent=manifest.digest, template=manifest.labels.get("template") or min(names, default=None),
+            )  # fmt: skip
+            capture = Console(place.directory, CONSOLE_SOCKET)
+            undo.push_async_callback(capture.close)
+            self._on_step("done")
+            undo.pop_all()
+        timings = ForkTimings(
+            disk_ms=(cloned - started) * 1e3,
+            spawn_ms=(loaded - cloned) * 1e3,
+            revive_ms=(revived - loaded) * 1e3,
+            record_ms=(time.perf_counter() - revived) * 1e3,
+        )
+        return self._enroll(RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone))
+
+    async def snapshot(
+        self, vm: RunningVm, *, digest: str, labels: Mapping[str, str], name: str | None = None
+    ) -> Snapshot:
+        """Quiesce a booted VM, publish it as the snapshot ``digest`` and, with ``name``, let that name mean it.
+
+        The VM is gone afterwards, also on failure. Raises PoolFull when there is no room for its memory and disk.
+        """
+        try:
+            self.pool.require_room(vm.record.machine.memory_mib << 20)
+            await vm.channel.quiesce()
+            await vm.channel.close()
+            with self.snapshots.draft() as draft:
+                try:
+                    saved = await vm.driver_vm.save(draft)
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        raise PoolFull(f"the pool filled up while {vm.id} was saved: free some room") from error
+                    raise
+                manifest = Manifest(
+                    digest=digest,
+                    created_at=time.time(),
+                    machine=vm.record.machine,
+                    accel=vm.record.accel,
+                    vmm_version=saved.vmm_version,
+                    cpu_model=saved.cpu_model,
+                    argv_digest=saved.argv_digest,
+                    files=file_sizes(draft),
+                    labels=dict(sorted(labels.items())),
+                )
+                published = await asyncio.to_thread(self.snapshots.publish, draft, manifest)
+            if name is not None:
+                self.snapshots.set_name(name, digest)
+            return published
+        finally:
+            await vm.destroy()
+
+    async def prewarm(self, parent: str | Snapshot) -> None:
+        """Load the memory of ``parent`` now, so that its first fork does not wait for it."""
+        snapshot = parent if isinstance(parent, Snapshot) else self.snapshots.resolve(parent)
+        await self._resident_memory(snapshot)
+
+    async def adopt(self) -> list[RunningVm]:
+        """Take over every VM whose process is gone. Expired, half-made and dead ones are removed instead."""
+        adopted: list[RunningVm] = []
+        for directory in sorted(self.pool.vms.iterdir()):
+            if directory.name in self._vms:
+                continue
+            lock = _try_lock(directory)
+            if lock is None:
+                continue
+            vm = await self._adopt(directory, lock)
+            if vm is None:
+                _end_processes_in(directory)
+                remove_tree(directory)
+                os.close(lock)
+            else:
+                adopted.append(vm)
+        return adopted
+
+    def records(self) -> list[VmRecord]:
+        """Every VM of the data directory, whoever owns it, oldest first."""
+        found: list[VmRecord] = []
+        for directory in self.pool.vms.iterdir():
+            with contextlib.suppress(OSError, msgspec.DecodeError):
+                found.append(msgspec.json.decode((directory / RECORD).read_bytes(), type=VmRecord))
+        return sorted(found, key=lambda record: record.created_at)
+
+    def vms(self) -> list[RunningVm]:
+        """The VMs this process owns."""
+        return list(self._vms.values())
+
+    async def destroy(self, vm_id: str) -> None:
+        """End a VM, whoever owns it (its owner sees it end). UnknownVm when there is none of that id."""
+        own = self._vms.get(vm_id)
+        if own is not None:
+            await own.destroy()
+            return
+        record = next((record for record in self.records() if record.id == vm_id), None)
+        if record is None:
+            raise UnknownVm(f"there is no VM {vm_id}: see microvm ps")
+        process = VmmProcess.adopt(record.pid, record.start_ticks)
+        if process is not None:
+            await process.end()
+            process.close()
+        lock = _try_lock(self.pool.vms / vm_id)
+        if lock is not None:
+            remove_tree(self.pool.vms / vm_id)
+            os.close(lock)
+
+    # ── parts of a fork ──────────────────────────────────────────────────────────────────────────
+
+    async def _boot(
+        self, image: BootImage, machine: MachineSpec, ttl: float, metadata: Mapping[str, str] | None
+    ) -> RunningVm:
+        for path in (image.kernel, image.initrd, image.disk):
+            if not path.is_file():
+                raise BadRequest(f"cannot boot: {path} is not a file")
+        self._require(machine, machine.network.allow, machine.memory_mib)
+        accel = await self.choose_accel(image)
+        started = time.perf_counter()
+        async with contextlib.AsyncExitStack() as undo:
+            place, lock = self._new_place(machine.network.allow, undo)
+            self._on_step("disk")
+            await self._clone_disk(image.disk, place.directory / DISK)
+            _grow(place.directory / DISK, machine.disk_mib << 20)
+            cloned = time.perf_counter()
+            self._on_step("spawn")
+            driver_vm = await self.driver.boot(place, machine, image, accel)
+            undo.push_async_callback(driver_vm.kill)
+            capture = Console(place.directory, CONSOLE_SOCKET)
+            undo.push_async_callback(capture.close)
+            spawned = time.perf_counter()
+            self._on_step("connect")
+            channel = await Channel.connect(driver_vm.agent_socket)
+            undo.push_async_callback(channel.close)
+            self._on_step("revive")
+            try:
+                await _unless_dead(driver_vm, channel.revive(self._revive(place, None), timeout=BOOT_SECONDS))
+            except (GuestError, VmDied) as error:
+                from vmm_core.console import tail  # noqa: PLC0415
+
+                raise BootFailed(f"the machine did not come up: {error}\nconsole: …{tail(place.directory)}") from error
+            revived = time.perf_counter()
+            self._on_step("record")
+            record = self._record(place, driver_vm, machine, accel, ttl, metadata, parent=None, template=None)
+            self._on_step("done")
+            undo.pop_all()
+        timings = ForkTimings(
+            disk_ms=(cloned - started) * 1e3,
+            spawn_ms=(spawned - cloned) * 1e3,
+            revive_ms=(revived - spawned) * 1e3,
+            record_ms=(time.perf_counter() - revived) * 1e3,
+        )
+        return self._enroll(RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone))
+
+    def _require(self, machine: MachineSpec, rules: Sequence[EgressRule], memory_mib: int) -> None:
+        """Refuse early, by name, what cannot work."""
+        if rules and machine.network.mode == "none":
+            raise BadRequest("this machine has no network card, so it cannot be opened to any host")
+        user.check_rules(rules)
+        self.pool.require_room()
+        available = _available_memory_mib()
+        if available < memory_mib + _MEMORY_RESERVE_MIB:
+            raise HostOutOfMemory(
+                f"the host has {available} MiB of memory available; one more VM needs "
+                f"{memory_mib + _MEMORY_RESERVE_MIB} MiB: end VMs (microvm kill) or lower [runners] max_vms"
+            )
+
+    def _require_fit(self, manifest: Manifest) -> None:
+        saved = Saved(
+            argv_digest=manifest.argv_digest, cpu_model=manifest.cpu_model, vmm_version=manifest.vmm_version
+        )
+        problem = self.driver.snapshot_fits(manifest.machine, manifest.accel, saved)
+        if problem is not None:
+            name = manifest.labels.get("template", manifest.digest[:12])
+            raise SnapshotInvalid(f"template {name} cannot be forked: {problem}; bake it again (microvm bake {name})")
+
+    def _new_place(self, rules: Sequence[EgressRule], undo: contextlib.AsyncExitStack) -> tuple[Place, int]:
+        vm_id = f"vm-{uuid.uuid4().hex[:12]}"
+        directory = self.pool.vms / vm_id
+        self._on_step("place")
+        try:
+            directory.mkdir(mode=0o700)
+            undo.callback(remove_tree, directory)
+            lock = _try_lock(directory)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise PoolFull(f"the disk pool {self.pool.root} is full: remove templates or end VMs") from error
+            raise
+        assert lock is not None, "a directory just made cannot be locked by anybody else"
+        undo.callback(os.close, lock)
+        return Place(id=vm_id, directory=directory, allow=tuple(rules)), lock
+
+    async def _clone_disk(self, source: Path, target: Path) -> None:
+        if self.pool.kind == "copy":
+            await asyncio.to_thread(clone_file, source, target)
+        else:
+            clone_file(source, target)
+
+    async def _resident_memory(self, snapshot: Snapshot) -> int:
+        """The sealed memory of a parent, loaded once; the least recently forked parents are let go."""
+        digest = snapshot.digest
+        if digest not in self._resident:
+            if digest not in self._loading:
+                size = snapshot.manifest.machine.memory_mib << 20
+                load = asyncio.to_thread(memory.load_sealed, snapshot.path / MEMORY, size)
+                self._loading[digest] = asyncio.create_task(_task(load), name=f"load-{digest[:12]}")
+            try:
+                fd = await asyncio.shield(self._loading[digest])
+            finally:
+                if digest in self._loading and self._loading[digest].done():
+                    del self._loading[digest]
+            self._resident.setdefault(digest, fd)
+        self._resident.move_to_end(digest)
+        while len(self._resident) > RESIDENT_PARENTS:
+            os.close(self._resident.popitem(last=False)[1])
+        return self._resident[digest]
+
+    def _revive(self, place: Place, hostname: str | None) -> Revive:
+        return Revive(
+            token=place.id,
+            entropy=secrets.token_bytes(64),
+            time_ns=time.time_ns(),
+            hostname=hostname or place.id,
+            machine_id=uuid.uuid4().hex,
+            hosts=user.virtual_hosts(place.allow),
+        )
+
+    def _record(
+        self,
+        place: Place,
+        driver_vm: Vm,
+        machine: MachineSpec,
+        accel: Accel,
+        ttl: float,
+        metadata: Mapping[str, str] | None,
+        *,
+        parent: str | None,
+        template: str | None,
+    ) -> VmRecord:
+        now = time.time()
+        record = VmRecord(
+            id=place.id,
+            pid=driver_vm.pid,
+            start_ticks=driver_vm.start_ticks,
+            machine=machine,
+            accel=accel,
+            parent=parent,
+            template=template,
+            created_at=now,
+            expires_at=now + ttl,
+            metadata=dict(metadata or {}),
+        )
+        draft = place.directory / f".{RECORD}"
+        draft.write_bytes(msgspec.json.encode(record))
+        draft.replace(place.directory / RECORD)
+        return record
+
+    # ── the VMs of this process ──────────────────────────────────────────────────────────────────
+
+    def _enroll(self, vm: RunningVm) -> RunningVm:
+        self._vms[vm.id] = vm
+        delay = max(0.0, vm.record.expires_at - time.time())
+        self._timers[vm.id] = asyncio.get_running_loop().call_later(delay, self._expire, vm)
+        return vm
+
+    def _expire(self, vm: RunningVm) -> None:
+        task = asyncio.create_task(vm.expire(), name=f"expire-{vm.id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _gone(self, vm: RunningVm) -> None:
+        self._vms.pop(vm.id, None)
+        timer = self._timers.pop(vm.id, None)
+        if timer is not None:
+            timer.cancel()
+
+    async def _adopt(self, directory: Path, lock: int) -> RunningVm | None:
+        """The VM in ``directory``, or None when it is dead, expired or was never finished."""
+        try:
+            record = msgspec.json.decode((directory / RECORD).read_bytes(), type=VmRecord)
+        except (OSError, msgspec.DecodeError):
+            return None
+        place = Place(id=record.id, directory=directory, allow=record.machine.network.allow)
+        driver_vm = self.driver.adopt(place, record.pid, record.start_ticks)
+        if driver_vm is None:
+            return None
+        try:
+            if record.expires_at <= time.time():
+                await driver_vm.kill()
+                return None
+            channel = await Channel.connect(driver_vm.agent_socket)
+            try:
+                await _unless_dead(driver_vm, channel.hello(record.id, timeout=REVIVE_SECONDS))
+            except BaseException:
+                await channel.close()
+                raise
+        except (GuestError, VmDied):
+            await driver_vm.kill()
+            return None
+        capture = Console(directory, CONSOLE_SOCKET)
+        return self._enroll(
+            RunningVm(record, directory, driver_vm, channel, capture, lock, ForkTimings(), self._gone)
+        )
+
+    async def _close(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for vm in list(self._vms.values()):
+            await vm.detach()
+        for task in list(self._loading.values()):
+            with contextlib.suppress(Exception):
+                os.close(await task)
+        for fd in self._resident.values():
+            os.close(fd)
+
+    @property
+    def _accel_cache(self) -> Path:
+        return self.data_dir / "cache" / "accel.json"
+
+
+def _open_to(machine: MachineSpec, rules: tuple[EgressRule, ...]):  # noqa: ANN202
+    return msgspec.structs.replace(machine.network, allow=rules)
+
+
+async def _task(awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+async def _unless_dead(driver_vm: Vm, answer: Awaitable[T]) -> T:
+    """Wait for the guest's answer, but no longer than its VMM lives."""
+    asking = asyncio.ensure_future(answer)
+    dying = asyncio.ensure_future(driver_vm.wait())
+    try:
+        await asyncio.wait({asking, dying}, return_when=asyncio.FIRST_COMPLETED)
+        if asking.done() and asking.exception() is None:
+            return asking.result()
+        # The channel often breaks an instant before the process is seen to end: the death is the better reason.
+        await asyncio.wait({dying}, timeout=0.2)
+        if dying.done():
+            raise VmDied(f"the VM ended before it answered: {dying.result().reason}")
+        return await asking
+    finally:
+        for task in (asking, dying):
+            task.cancel()
+        await asyncio.gather(asking, dying, return_exceptions=True)
+
+
+def _try_lock(directory: Path) -> int | None:
+    """The lock that makes this process the owner of a VM; None when another holds it or the VM is gone."""
+    try:
+        fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _end_processes_in(directory: Path) -> None:
+    """Kill what runs in a VM's directory: a VMM whose starter died before it wrote down its pid."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if (entry / "cwd").readlink() == directory and entry.name != str(os.getpid()):
+                    os.kill(int(entry.name), 9)
+
+
+def _grow(disk: Path, size: int) -> None:
+    if disk.stat().st_size < size:
+        os.truncate(disk, size)
+
+
+def _available_memory_mib() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) >> 10
+    return 0

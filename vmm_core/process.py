@@ -1,0 +1,130 @@
+"""A VMM process: started in a session of its own, watched through a pidfd, named by pid and start time."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmm_core.errors import VmmMissing
+
+_LOG_CAP = 64 << 10
+
+
+class VmmProcess:
+    """A running (or ended) VMM, our child or adopted. ``log_text`` is what it said on stderr, capped.
+
+    Its standard error is a memfd of fixed size: a VMM can write 64 KiB and no more, no pipe ties it to us,
+    and no file on disk grows.
+    """
+
+    def __init__(self, pid: int, start_ticks: int, pidfd: int, log_fd: int | None, *, child: bool) -> None:
+        self.pid = pid
+        self.start_ticks = start_ticks
+        self._pidfd = pidfd
+        self._log_fd = log_fd
+        self._child = child
+        self._ended = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().add_reader(pidfd, self._on_end)
+
+    @classmethod
+    def spawn(cls, argv: Sequence[str], *, cwd: Path, pass_fds: Sequence[int]) -> "VmmProcess":
+        """Start ``argv``. Raises VmmMissing when the program is not there or may not be run."""
+        import fcntl  # noqa: PLC0415
+
+        log_fd = os.memfd_create("microvm-vmm-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(log_fd, _LOG_CAP)
+            fcntl.fcntl(log_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+            child = subprocess.Popen(
+                argv,
+                cwd=cwd,
+                pass_fds=pass_fds,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log_fd,
+                start_new_session=True,
+                env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LC_ALL": "C"},
+            )
+        except OSError as error:
+            os.close(log_fd)
+            if error.errno in (errno.ENOENT, errno.EACCES):
+                raise VmmMissing(f"{argv[0]} cannot be started: {error.strerror}") from error
+            raise
+        # The pidfd reaps it; Popen must neither wait for it nor warn about it.
+        child.returncode = 0
+        pidfd = os.pidfd_open(child.pid)
+        return cls(child.pid, start_ticks(child.pid) or 0, pidfd, log_fd, child=True)
+
+    @classmethod
+    def adopt(cls, pid: int, ticks: int) -> "VmmProcess | None":
+        """Watch a VMM another process started; None when it is gone or the pid is somebody else's now."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return None
+        if start_ticks(pid) != ticks:
+            os.close(pidfd)
+            return None
+        log_fd = None
+        with contextlib.suppress(OSError):
+            log_fd = os.open(f"/proc/{pid}/fd/2", os.O_RDONLY | os.O_CLOEXEC)
+        return cls(pid, ticks, pidfd, log_fd, child=False)
+
+    @property
+    def running(self) -> bool:
+        return not self._ended.done()
+
+    async def wait(self) -> int | None:
+        """The wait status when it has ended: ≥ 0 an exit code, < 0 a signal; None for an adopted one (unknown)."""
+        return await asyncio.shield(self._ended)
+
+    def signal(self, number: int) -> None:
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def end(self) -> None:
+        """Kill it and wait until the kernel has taken everything back."""
+        self.signal(signal.SIGKILL)
+        await self.wait()
+
+    def log_text(self) -> str:
+        if self._log_fd is None:
+            return ""
+        text = os.pread(self._log_fd, _LOG_CAP, 0).rstrip(b"\0").decode(errors="replace")
+        return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+
+    def close(self) -> None:
+        """Stop watching; the process is left alone."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self._log_fd is not None:
+            os.close(self._log_fd)
+            self._log_fd = None
+
+    def _on_end(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        status: int | None = None
+        if self._child:
+            with contextlib.suppress(ChildProcessError):
+                _, raw = os.waitpid(self.pid, os.WNOHANG)
+                status = os.waitstatus_to_exitcode(raw)
+        if not self._ended.done():
+            self._ended.set_result(status)
+
+
+def start_ticks(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat: clock ticks from host boot to the start of the process; None when it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The second field is the name in parentheses and may hold spaces and parentheses itself.
+    return int(stat.rpartition(")")[2].split()[19])

@@ -1,0 +1,180 @@
+"""One running VM as its owner sees it: run commands, move files, measure, wait for its end, destroy it.
+
+    live ──► VMM ends by itself, TTL passes, or destroy() ──► ended (an exit) ──► destroy() ──► nothing left
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from vmm_core import accounting, console
+from vmm_core.drivers.base import Vm
+from vmm_core.errors import ChannelClosed, VmDied
+from vmm_core.guest.channel import Channel, Process
+from vmm_core.machine import ExecResult, ForkTimings, GuestFile, VmExit, VmRecord, VmUsage
+
+_EXIT_GRACE = 2.0
+
+
+class RunningVm:
+    """A VM this process owns. Made by the engine only."""
+
+    def __init__(
+        self,
+        record: VmRecord,
+        directory: Path,
+        driver_vm: Vm,
+        channel: Channel,
+        capture: console.Console,
+        lock: int,
+        timings: ForkTimings,
+        on_gone: Callable[["RunningVm"], None],
+    ) -> None:
+        self.record = record
+        self.directory = directory
+        self.channel = channel
+        self.timings = timings
+        self.driver_vm = driver_vm
+        self._capture = capture
+        self._lock = lock
+        self._on_gone = on_gone
+        self._exec_count = 0
+        self._verdict: VmExit | None = None
+        self._exit: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
+        self._destroying: asyncio.Task[None] | None = None
+        self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{record.id}")
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    async def exec(
+        self,
+        argv: Sequence[str] | str,
+        *,
+        user: str = "runner",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        stdin: bytes | None = None,
+        timeout: float | None = None,
+        max_bytes: int = 8 << 20,
+    ) -> ExecResult:
+        """Run a command to its end and keep at most ``max_bytes`` of its output. A string runs under ``/bin/sh -c``.
+
+        Raises VmDied when the VM ends first, GuestRefused when the command cannot be started.
+        """
+        command = ["/bin/sh", "-c", argv] if isinstance(argv, str) else list(argv)
+        self._exec_count += 1
+        exec_id = f"exec-{os.getpid()}-{self._exec_count}"
+        try:
+            process = await self.start(
+                command, exec_id=exec_id, user=user, env=env, cwd=cwd, stdin=stdin is not None, timeout=timeout
+            )
+            async with asyncio.TaskGroup() as group:
+                if stdin is not None:
+                    group.create_task(_feed(process, stdin))
+                collecting = group.create_task(process.collect(max_bytes=max_bytes))
+            return collecting.result()
+        except* ChannelClosed as closed:
+            raise await self._death(closed.exceptions[0]) from None
+
+    async def start(
+        self,
+        argv: Sequence[str],
+        *,
+        exec_id: str,
+        user: str = "runner",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        stdin: bool = False,
+        timeout: float | None = None,
+        files: Sequence[GuestFile] = (),
+    ) -> Process:
+        """Start a command and stream it; ``exec_id`` names it for ``attach`` from this or a later process."""
+        return await self.channel.start(
+            exec_id, argv, user=user, env=env, cwd=cwd, stdin=stdin, timeout=timeout, files=files
+        )
+
+    async def attach(self, exec_id: str, *, stdout_from: int = 0, stderr_from: int = 0) -> Process:
+        """Take up the streams of a command that runs already, from these byte offsets on."""
+        return await self.channel.attach(exec_id, stdout_from=stdout_from, stderr_from=stderr_from)
+
+    async def put(self, path: str, data: bytes | AsyncIterable[bytes], *, mode: int = 0o644, user: str = "runner") -> None:
+        await self.channel.put(path, data, mode=mode, user=user)
+
+    async def get(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
+        return await self.channel.get(path, max_bytes=max_bytes)
+
+    async def usage(self) -> VmUsage:
+        return await asyncio.to_thread(accounting.usage, self.record.pid, self.directory / "disk.img")
+
+    async def wait(self) -> VmExit:
+        """How the VM ended, once it has: by itself, at its TTL, or because it was destroyed."""
+        return await asyncio.shield(self._exit)
+
+    async def destroy(self) -> None:
+        """End the VM and give everything back. Safe to call again, and from several tasks at once."""
+        self.end_as(VmExit(kind="destroyed", reason="destroyed by its owner"))
+        if self._destroying is None:
+            self._destroying = asyncio.create_task(self._destroy(), name=f"destroy-{self.id}")
+        await asyncio.shield(self._destroying)
+
+    async def expire(self) -> None:
+        """Destroy it because its time to live has passed."""
+        self.end_as(VmExit(kind="expired", reason="its time to live has passed"))
+        await self.destroy()
+
+    async def detach(self) -> None:
+        """Let go of a VM that shall outlive this process: everything of ours is closed, the VM runs on."""
+        self._watch.cancel()
+        await asyncio.gather(self._watch, return_exceptions=True)
+        await self._capture.close()
+        await self.channel.close()
+        await self.driver_vm.detach()
+        os.close(self._lock)
+
+    def end_as(self, verdict: VmExit) -> None:
+        """Say beforehand how the coming end is to be told; the first word counts."""
+        if self._verdict is None and not self._exit.done():
+            self._verdict = verdict
+
+    async def _watch_end(self) -> None:
+        found = await self.driver_vm.wait()
+        verdict = self._verdict or found
+        if not self._exit.done():
+            self._exit.set_result(msgspec.structs.replace(verdict, console_tail=console.tail(self.directory)))
+
+    async def _destroy(self) -> None:
+        await self.driver_vm.kill()
+        await asyncio.gather(self._watch, return_exceptions=True)
+        await self._capture.close()
+        await self.channel.close()
+        remove_tree(self.directory)
+        os.close(self._lock)
+        self._on_gone(self)
+
+    async def _death(self, closed: BaseException) -> BaseException:
+        """The channel broke: VmDied with the reason when the VM is ending, else what happened to the channel."""
+        try:
+            async with asyncio.timeout(_EXIT_GRACE):
+                ended = await self.wait()
+        except TimeoutError:
+            return closed
+        return VmDied(f"VM {self.id} ended: {ended.reason}" + (f"\nconsole: …{ended.console_tail[-500:]}" if ended.console_tail else ""))
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a VM's directory: its files are few and flat, and a vanished one is no error."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _feed(process: Process, data: bytes) -> None:
+    # A command may end without reading all it was given.
+    with contextlib.suppress(ChannelClosed, BrokenPipeError):
+        await process.write(data)
+        await process.close_stdin()
