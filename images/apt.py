@@ -136,7 +136,7 @@ async def _archive(say: Callable[[str], None]) -> Archive:
         targets = await _targets()
     if not targets:
         raise BuildFailed(
-            "this host's apt has no Debian source (none of sources.list and sources.list.d says Origin: Debian). "
+            "this host's apt has no Debian source (none that says Origin: Debian). "
             "Images are made from the host's own Debian mirrors; configure one and run apt-get update"
         )
     grouped: dict[tuple[str, str], list[str]] = {}

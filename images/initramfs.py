@@ -1,4 +1,4 @@
-"""The small initramfs: busybox, the virtio modules in dependency order, an ``/init`` that mounts the root disk.
+"""The small initramfs: busybox, the virtio modules in dependency order, an ``/init`` that mounts the disk.
 
 The archive is the kernel's own format (cpio "newc"), written here so that the same inputs give the same
 bytes: sorted names, no times, no host uids. It stays uncompressed: it is small, and unpacking costs more

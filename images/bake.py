@@ -1,0 +1,298 @@
+"""A recipe becomes a template: a snapshot that jobs fork from.
+
+    plan ──► known inputs? ── yes ──► the template there is (cache hit)
+      │ no
+      ▼
+    packages ──► rootfs ──► boot ──► warm steps ──► runner ──► settle ──► snapshot ──► name
+
+``plan`` checks everything that can be checked before anything slow begins. Two bakes of the same inputs: one
+waits for the other. What a killed bake leaves is never taken for a template: caches and snapshots appear
+by one rename, and half-built directories are removed by the next bake.
+"""
+
+import contextlib
+import hashlib
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+
+import msgspec
+
+from images import rootfs
+from images.cache import Cache
+from images.errors import BakeFailed, BuildFailed
+from images.events import BakeEvent, Step
+from images.plan import Plan, make_plan, rules, settle_program
+from images.recipe import Recipe
+from images.schema import WarmStep
+from vmm_core.drivers.base import Saved
+from vmm_core.engine import Engine
+from vmm_core.errors import GuestError, VmFailed
+from vmm_core.machine import BootImage, EgressRule, ExecResult, MachineSpec, Network, Snapshot
+from vmm_core.vm import RunningVm
+
+__all__ = ["BakeEvent", "Baked", "bake"]
+
+_TAIL_LINES = 20
+_PAGE_CACHE_PERCENT = 40
+_LISTENER = f"{rootfs.RUNNER_DIR}/bin/Runner.Listener"
+_RUNNER_TIMEOUT_S = 600.0
+
+
+class Baked(msgspec.Struct, frozen=True):
+    """A template, how long it took, and the seconds of each step (empty on a cache hit)."""
+
+    snapshot: Snapshot
+    cache_hit: bool
+    seconds: float
+    steps: tuple[tuple[str, float], ...] = ()
+
+
+async def bake(
+    engine: Engine, recipe: Recipe, *, progress: Callable[[BakeEvent], None], force: bool = False
+) -> Baked:
+    """Make the template of a recipe, or find the one already made of the same inputs, and name it.
+
+    ``force`` bakes again; the name then means the new one. Raises RecipeError, BuildFailed, BakeFailed, and
+    VmmError where the host is unfit (HostUnfit: no memory, pool full, no QEMU).
+    """
+    return await _Bake(engine, recipe, progress).run(force=force)
+
+
+class _Bake:
+    def __init__(self, engine: Engine, recipe: Recipe, progress: Callable[[BakeEvent], None]) -> None:
+        self._engine = engine
+        self._recipe = recipe
+        self._progress = progress
+        self._cache = Cache(engine.data_dir / "cache")
+        self._started = time.monotonic()
+        self._times: list[tuple[str, float]] = []
+
+    async def run(self, *, force: bool) -> Baked:
+        with self._named("check") as step:
+            self._cache.sweep()
+            plan = await make_plan(self._engine, self._cache, self._recipe, step)
+
+        def waiting() -> None:
+            step("waiting for another process that bakes the same template")
+
+        begun = time.time()
+        async with self._cache.locked(f"template-{plan.inputs}", waiting=waiting):
+            found = self._find(plan.inputs)
+            # With force, one that somebody else has baked while we waited is as new as ours would be.
+            if found is not None and (not force or found.manifest.created_at >= begun):
+                self._engine.snapshots.set_name(self._recipe.name, found.digest)
+                step(f"{self._recipe.name} is baked already: {found.digest[:12]}", 1.0)
+                return Baked(snapshot=found, cache_hit=True, seconds=time.monotonic() - self._started)
+            snapshot = await self._make(plan)
+        return Baked(
+            snapshot=snapshot,
+            cache_hit=False,
+            seconds=time.monotonic() - self._started,
+            steps=tuple(self._times),
+        )
+
+    def _find(self, inputs: str) -> Snapshot | None:
+        """The newest template of these inputs that this host can still fork."""
+        usable = [
+            snapshot
+            for snapshot in self._engine.snapshots.list()
+            if snapshot.manifest.labels.get("inputs") == inputs and self._fits(snapshot)
+        ]
+        return max(usable, key=lambda snapshot: snapshot.manifest.created_at, default=None)
+
+    def _fits(self, snapshot: Snapshot) -> bool:
+        manifest = snapshot.manifest
+        saved = Saved(
+            argv_digest=manifest.argv_digest, cpu_model=manifest.cpu_model, vmm_version=manifest.vmm_version
+        )
+        return self._engine.driver.snapshot_fits(manifest.machine, manifest.accel, saved) is None
+
+    async def _make(self, plan: Plan) -> Snapshot:
+        recipe = self._recipe
+        with self._named("packages") as step:
+            tree = await rootfs.get_packages(self._cache, plan.resolution, plan.wanted, step)
+        with self._named("rootfs") as step:
+            disk = await rootfs.get_disk(self._cache, tree, plan.kernel, plan.contents, step)
+            warm_rules = await rules(recipe.warm_egress, step)
+            job_rules = await rules(recipe.egress, step)
+        image = BootImage(kernel=plan.kernel.vmlinux, initrd=plan.kernel.initrd, disk=disk)
+        async with self._booted(image, _opened(recipe.machine, warm_rules)) as vm:
+            for warm in recipe.warm:
+                await self._warm(vm, warm)
+            version = await self._runner(vm) if recipe.runner is not None else None
+            await self._settle(vm)
+            # What the engine publishes is the machine of the record: forks are open to what jobs may reach,
+            # not to what the warm steps needed.
+            vm.record = msgspec.structs.replace(vm.record, machine=_opened(recipe.machine, job_rules))
+            with self._named("snapshot") as step:
+                step("saving memory and disk")
+                return await self._engine.snapshot(
+                    vm, digest=self._digest(plan.inputs), labels=self._labels(plan, version), name=recipe.name
+                )
+
+    def _digest(self, inputs: str) -> str:
+        """The inputs' own digest; another where that is taken (a forced bake): digests are immutable."""
+        taken = {snapshot.digest for snapshot in self._engine.snapshots.list()}
+        if inputs not in taken:
+            return inputs
+        return hashlib.sha256(f"{inputs}\0{time.time_ns()}".encode()).hexdigest()
+
+    def _labels(self, plan: Plan, version: str | None) -> Mapping[str, str]:
+        recipe = plan.recipe
+        labels = {
+            "template": recipe.name,
+            "description": recipe.description,
+            "inputs": plan.inputs,
+            "labels": ",".join(recipe.github_labels),
+            "suite": plan.resolution.archive.suite,
+            "kernel": plan.kernel.version,
+        }
+        if version is not None:
+            labels |= {"runner.dir": rootfs.RUNNER_DIR, "runner.version": version}
+        return labels
+
+    @contextlib.asynccontextmanager
+    async def _booted(self, image: BootImage, machine: MachineSpec) -> AsyncGenerator[RunningVm]:
+        limit = 1800.0 + sum(warm.timeout for warm in self._recipe.warm)
+        async with contextlib.AsyncExitStack() as stack:
+            with self._named("boot") as step:
+                step(f"booting {machine.vcpus} vCPU, {machine.memory_mib} MiB")
+                try:
+                    vm = await stack.enter_async_context(
+                        self._engine.boot(
+                            image, machine, ttl=limit, metadata={"purpose": f"bake {self._recipe.name}"}
+                        )
+                    )
+                except VmFailed as error:
+                    raise BakeFailed(
+                        "boot",
+                        str(error),
+                        advice="The lines above are the console's last; microvm doctor checks the host.",
+                    ) from error
+            yield vm
+
+    async def _warm(self, vm: RunningVm, warm: WarmStep) -> None:
+        with self._named(f"warm: {warm.name}") as step:
+            step(f"{warm.name} (as {warm.user}, at most {warm.timeout:g} s)")
+            argv = ["/bin/sh", "-eu", "-c", warm.run]
+            result, tail = await self._run(vm, step, argv, user=warm.user, env=warm.env, timeout=warm.timeout)
+            if result.timed_out:
+                raise BakeFailed(
+                    step.name,
+                    f"it was not done after {warm.timeout:g} s",
+                    advice=f"Make the step quicker, or raise the timeout of {warm.name!r} in the recipe.",
+                    status=result.code,
+                    output=tail,
+                )
+            if result.code != 0:
+                raise BakeFailed(
+                    step.name,
+                    f"its command exited with status {result.code}",
+                    advice=f"Correct the step {warm.name!r} of recipe {self._recipe.name} and bake again; "
+                    "what was built before it is cached.",
+                    status=result.code,
+                    output=tail,
+                )
+
+    async def _runner(self, vm: RunningVm) -> str:
+        """Ask the runner for its version, and let it warm itself up where it can. Returns the version."""
+        with self._named("runner") as step:
+            step("starting the runner once")
+            argv = [_LISTENER, "--version"]
+            result, tail = await self._run(vm, step, argv, cwd=rootfs.RUNNER_DIR, timeout=_RUNNER_TIMEOUT_S)
+            if result.code != 0 or not tail:
+                raise BakeFailed(
+                    "runner",
+                    f"{_LISTENER} --version exited with status {result.code}",
+                    advice="Is the tarball actions/runner for linux-x64, and are its library packages in the recipe?",
+                    status=result.code,
+                    output=tail,
+                )
+            version = tail[-1].strip()[:40]
+            step(f"warming up runner {version}")
+            argv = [_LISTENER, "warmup"]
+            result, _ = await self._run(vm, step, argv, cwd=rootfs.RUNNER_DIR, timeout=_RUNNER_TIMEOUT_S)
+            if result.code != 0:
+                step(f"runner {version} has no warmup command (status {result.code}): less of it is warm")
+            return version
+
+    async def _settle(self, vm: RunningVm) -> None:
+        with self._named("settle") as step:
+            step("filling the page cache and zeroing free memory")
+            argv = ["/usr/bin/python3", "-I", "-S", "-c", settle_program().decode(), str(_PAGE_CACHE_PERCENT)]
+            argv += self._recipe.page_cache
+            result, tail = await self._run(vm, step, argv, user="root", timeout=300)
+            if result.code != 0:
+                raise BakeFailed(
+                    "settle",
+                    f"it exited with status {result.code}",
+                    advice="Give the machine more memory.",
+                    output=tail,
+                )
+
+    async def _run(
+        self,
+        vm: RunningVm,
+        step: Step,
+        argv: Sequence[str],
+        *,
+        timeout: float,
+        user: str = "runner",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> tuple[ExecResult, list[str]]:
+        """Run a command in the guest, pass its lines on, and return its end and its last lines."""
+        tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        try:
+            process = await vm.start(
+                argv,
+                exec_id=f"bake-{len(self._times)}-{step.name}"[:60],
+                user=user,
+                env=env,
+                cwd=cwd,
+                timeout=timeout,
+            )
+            pending = {"stdout": b"", "stderr": b""}
+            async for piece in process.output():
+                *lines, rest = (pending[piece.stream] + piece.data).replace(b"\r", b"\n").split(b"\n")
+                pending[piece.stream] = rest[-4096:]
+                for line in lines:
+                    _tell(line, tail, step)
+            for line in pending.values():
+                _tell(line, tail, step)
+            return await process.wait(timeout=60), list(tail)
+        except (VmFailed, GuestError) as error:
+            raise BakeFailed(
+                step.name,
+                str(error),
+                advice="The machine did not survive the step: has it enough memory?",
+                output=tail,
+            ) from error
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Generator[Step]:
+        """A step with a name and a duration; a part that could not be built is told as the step's failure."""
+        started = time.monotonic()
+        try:
+            yield Step(name, self._progress)
+        except BuildFailed as error:
+            raise BakeFailed(
+                name,
+                error.message,
+                advice="Correct that and bake again; what is finished is kept.",
+                output=error.output,
+            ) from error
+        self._times.append((name, time.monotonic() - started))
+
+
+def _opened(machine: MachineSpec, allow: tuple[EgressRule, ...]) -> MachineSpec:
+    return msgspec.structs.replace(machine, network=Network(mode=machine.network.mode, allow=allow))
+
+
+def _tell(line: bytes, tail: deque[str], step: Step) -> None:
+    text = line.decode(errors="replace").rstrip()
+    clean = "".join(char if char.isprintable() or char == "\t" else "?" for char in text)[:2000]
+    if clean:
+        tail.append(clean)
+        step.log(clean)
