@@ -1,0 +1,323 @@
+"""One bounded exchange with GitHub's REST API: a deadline, a size cap, a typed error for every bad ending.
+
+What is repeated here, within the deadline: reads and deletes (they say the same the second time) after a
+5xx, a network error or a time-out of one try. A POST is never repeated: its answer may be lost after it
+happened, and only the caller can look (forges.md). Rate limits are never waited out here: RateLimited
+carries ``retry_at``, and until then further calls of the same bucket fail at once without reaching GitHub,
+which bans integrations that keep calling.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Literal, TypeVar
+from urllib.parse import quote, urljoin, urlsplit
+
+import httpx
+import msgspec
+import stamina
+
+from github_webhook.errors import (
+    AnswerInvalid,
+    Conflict,
+    Forbidden,
+    ForgeError,
+    NotFound,
+    RateLimited,
+    Unauthorized,
+    Unavailable,
+    Unprocessable,
+)
+
+API_VERSION = "2022-11-28"
+MAX_ANSWER = 10 << 20
+MAX_REDIRECTS = 3
+SECONDARY_PAUSE = 60.0
+MAX_PAUSE = 3600.0
+"""A rate-limit header that names a moment further away than GitHub's hour is not believed."""
+
+Method = Literal["GET", "POST", "DELETE"]
+Headers = Mapping[str, str]
+T = TypeVar("T")
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A 2xx answer. ``body`` may be a secret: it is kept out of the repr."""
+
+    status: int
+    request_id: str | None
+    body: bytes
+
+    def __repr__(self) -> str:
+        return f"Answer(status={self.status}, request_id={self.request_id!r}, <{len(self.body)} bytes>)"
+
+    def read(self, decoder: "msgspec.json.Decoder[T]") -> T:
+        """The body as the decoder's type; AnswerInvalid if it is something else."""
+        try:
+            return decoder.decode(self.body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            # A ValidationError names the field and never its value; any other error names the position.
+            detail = str(error) if isinstance(error, msgspec.ValidationError) else "not JSON"
+            raise AnswerInvalid(
+                f"GitHub's answer is not understood: {detail}",
+                status=self.status,
+                request_id=self.request_id,
+                retryable=True,
+            ) from None
+
+
+class _Call(msgspec.Struct, frozen=True, kw_only=True):
+    method: Method
+    url: str
+    what: str
+    headers: Headers
+    bucket: str
+    params: Mapping[str, str] | None
+    content: bytes | None
+    timeout: float
+
+    def __repr__(self) -> str:
+        return f"_Call({self.what})"
+
+
+class _Message(msgspec.Struct):
+    message: str = ""
+
+
+_message = msgspec.json.Decoder(_Message)
+
+
+def api_base_url(server: str) -> str:
+    """The REST address of a GitHub server as people write it.
+
+    ``https://github.com`` → ``https://api.github.com``; ``https://x.ghe.com`` → ``https://api.x.ghe.com``;
+    any other bare host is GitHub Enterprise Server and gets ``/api/v3``. An address with a path stays.
+    """
+    parts = urlsplit(server.rstrip("/"))
+    host = (parts.hostname or "").lower()
+    if host in ("github.com", "api.github.com"):
+        return "https://api.github.com"
+    if parts.path:
+        return server.rstrip("/")
+    if host.endswith(".ghe.com"):
+        return f"https://{host}" if host.startswith("api.") else f"https://api.{host}"
+    return f"{server.rstrip('/')}/api/v3"
+
+
+def path(*segments: str | int) -> str:
+    """An address path of these segments, each quoted as a whole; no segment can climb out."""
+    quoted = [quote(str(segment), safe="") for segment in segments]
+    if any(segment in ("", ".", "..") for segment in quoted):
+        raise ValueError(f"not a path segment in {segments!r}")
+    return "/" + "/".join(quoted)
+
+
+class Rest:
+    """The address of one GitHub and what is known about its limits. Not tied to credentials."""
+
+    def __init__(self, base_url: str, http: httpx.AsyncClient, *, timeout: float = 10.0) -> None:
+        self._base = base_url.rstrip("/")
+        self._origin = _origin(self._base)
+        self._http = http
+        self._timeout = timeout
+        self._paused: dict[str, float] = {}
+
+    async def call(
+        self,
+        method: Method,
+        target: str,
+        *,
+        headers: Headers,
+        bucket: str,
+        params: Mapping[str, str] | None = None,
+        body: object = None,
+    ) -> Answer:
+        """One call within the time-out, all tries together. ``bucket`` names who is rate limited together.
+
+        Raises a ForgeError.
+        """
+        self._refuse_while_paused(bucket)
+        once = method == "POST"
+        call = _Call(
+            method=method,
+            url=self._base + target,
+            what=f"{method} {target}",
+            headers=_headers(headers, has_body=body is not None),
+            bucket=bucket,
+            params=params,
+            content=None if body is None else msgspec.json.encode(body),
+            # A try that may be repeated must leave time to repeat it.
+            timeout=self._timeout if once else self._timeout * 0.4,
+        )
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await (self._exchange(call) if once else self._repeated(call))
+        except TimeoutError:
+            raise Unavailable(
+                f"{call.what}: no complete answer within {self._timeout:g} s", retryable=True
+            ) from None
+
+    async def _repeated(self, call: "_Call") -> Answer:
+        async for attempt in stamina.retry_context(
+            on=_worth_repeating,
+            attempts=3,
+            timeout=self._timeout,
+            wait_initial=0.2,
+            wait_max=2.0,
+            wait_jitter=0.2,
+        ):
+            with attempt:
+                return await self._exchange(call)
+        raise AssertionError("unreachable: the last attempt raises")
+
+    async def _exchange(self, call: "_Call") -> Answer:
+        url, params = call.url, call.params
+        try:
+            for _ in range(MAX_REDIRECTS + 1):
+                request = self._http.build_request(
+                    call.method,
+                    url,
+                    params=params,
+                    headers=call.headers,
+                    content=call.content,
+                    timeout=call.timeout,
+                )
+                response = await self._http.send(request, stream=True, follow_redirects=False)
+                try:
+                    moved = self._moved(response)
+                    if moved is None:
+                        return await self._finish(response, call.what, call.bucket)
+                    url, params = moved, None
+                finally:
+                    await response.aclose()
+        except httpx.HTTPError as error:
+            # str(error) of httpx names the failure and never header or body.
+            raise Unavailable(f"{call.what}: {type(error).__name__}: {error}"[:500], retryable=True) from None
+        raise AnswerInvalid(f"{call.what}: more than {MAX_REDIRECTS} redirects")
+
+    def _moved(self, response: httpx.Response) -> str | None:
+        """Where a renamed repository lives now; only on the same server, because the token goes along."""
+        if response.status_code not in (301, 302, 307, 308):
+            return None
+        url = urljoin(str(response.request.url), response.headers.get("location", ""))
+        if _origin(url) != self._origin:
+            raise AnswerInvalid("a redirect to another server is not followed", status=response.status_code)
+        return url
+
+    async def _finish(self, response: httpx.Response, what: str, bucket: str) -> Answer:
+        status = response.status_code
+        request_id = response.headers.get("x-github-request-id")
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > MAX_ANSWER:
+                raise AnswerInvalid(
+                    f"{what}: the answer is larger than {MAX_ANSWER} bytes",
+                    status=status,
+                    request_id=request_id,
+                )
+        if 200 <= status < 300:
+            return Answer(status, request_id, bytes(body))
+        error = _error(what, response, bytes(body))
+        if isinstance(error, RateLimited):
+            self._pause(bucket, error.retry_at)
+        raise error
+
+    def _pause(self, bucket: str, until: float) -> None:
+        if len(self._paused) > 1000:
+            now = time.time()
+            self._paused = {key: at for key, at in self._paused.items() if at > now}
+        self._paused[bucket] = until
+
+    def _refuse_while_paused(self, bucket: str) -> None:
+        until = self._paused.get(bucket)
+        if until is None:
+            return
+        if until > time.time():
+            raise RateLimited("still rate limited by GitHub; not called", retry_at=until)
+        del self._paused[bucket]
+
+
+def _headers(headers: Headers, *, has_body: bool) -> Headers:
+    common = {
+        "accept": "application/vnd.github+json",
+        "user-agent": "microvm-runner",
+        "x-github-api-version": API_VERSION,
+    }
+    return {**common, **({"content-type": "application/json"} if has_body else {}), **headers}
+
+
+def _worth_repeating(error: Exception) -> bool:
+    return isinstance(error, Unavailable)
+
+
+def _error(what: str, response: httpx.Response, body: bytes) -> ForgeError:
+    """The error for an answer that is not 2xx. GitHub's own ``message`` is public text and is passed on."""
+    status = response.status_code
+    request_id = response.headers.get("x-github-request-id")
+    try:
+        said = _message.decode(body).message[:300]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        said = ""
+    text = f"{what}: {status}{f' {said}' if said else ''}"
+    if status in (403, 429):
+        retry_at = _retry_at(response, said)
+        if retry_at is not None:
+            return RateLimited(text, retry_at=retry_at, status=status, request_id=request_id)
+    if status in _BY_STATUS:
+        return _BY_STATUS[status](text, status=status, request_id=request_id)
+    if status >= 500 or status == 408:
+        return Unavailable(text, status=status, request_id=request_id, retryable=True)
+    return ForgeError(text, status=status, request_id=request_id)
+
+
+_BY_STATUS: dict[int, type[ForgeError]] = {
+    401: Unauthorized,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    410: NotFound,
+    422: Unprocessable,
+}
+
+
+def _retry_at(response: httpx.Response, said: str) -> float | None:
+    """When to call again (Unix seconds), or None when a 403 is about permissions.
+
+    Order as documented by GitHub: ``retry-after``, else ``x-ratelimit-reset``, else at least a minute.
+    """
+    now = time.time()
+    after = _delay(response.headers.get("retry-after"), now)
+    if after is not None:
+        return now + min(after, MAX_PAUSE)
+    headers = response.headers
+    if headers.get("x-ratelimit-remaining") == "0":
+        reset = headers.get("x-ratelimit-reset", "")
+        if reset.isdecimal() and len(reset) < 12:
+            return min(max(float(reset), now + 1), now + MAX_PAUSE)
+        return now + SECONDARY_PAUSE
+    if response.status_code == 429 or "rate limit" in said.lower():
+        return now + SECONDARY_PAUSE
+    return None
+
+
+def _delay(value: str | None, now: float) -> float | None:
+    """Seconds to wait from a ``retry-after``: a number of seconds or an HTTP date."""
+    if value is None:
+        return None
+    if value.isdecimal() and len(value) < 10:
+        return max(float(value), 1.0)
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - now, 1.0)
+    except (ValueError, TypeError):
+        return SECONDARY_PAUSE
+
+
+def _origin(url: str) -> tuple[str, str, int]:
+    parts = urlsplit(url)
+    return (
+        parts.scheme,
+        (parts.hostname or "").lower(),
+        parts.port or (443 if parts.scheme == "https" else 80),
+    )
