@@ -318,9 +318,10 @@ class QemuDriver:
 
 
 def _sandbox(allow: Sequence[EgressRule]) -> str:
-    # A relay is a child of QEMU, so only a VM without any may be denied to start programs.
-    spawn = "allow" if allow else "deny"
-    return f"on,obsolete=deny,elevateprivileges=deny,spawn={spawn},resourcecontrol=deny"
+    """QEMU's seccomp filter. A relay is a child of QEMU that calls setsid, so only a VM without any is
+    denied to start programs; the children of the others can gain no privileges."""
+    rights = "elevateprivileges=children,spawn=allow" if allow else "elevateprivileges=deny,spawn=deny"
+    return f"on,obsolete=deny,resourcecontrol=deny,{rights}"
 
 
 def _network_args(machine: MachineSpec, place: Place) -> list[str]:

@@ -608,18 +608,28 @@ def members(command: Exec) -> set[int]:
 
 
 def kill_members(command: Exec) -> None:
-    """SIGKILL until no new process turns up (a fork bomb gets a bounded number of rounds)."""
+    """SIGKILL until no new process turns up (a fork bomb gets a bounded number of rounds).
+
+    Looked for before the first is killed, because that breaks the chain of parents; then the group at
+    once, or a shell would live to report the death of its child.
+    """
     seen: set[int] = set()
     for _ in range(20):
         fresh = members(command) - seen
         if not fresh:
             return
+        if not seen and command.running:
+            send_signal(os.killpg, command.pid, signal.SIGKILL)
         for pid in fresh:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass
+            send_signal(os.kill, pid, signal.SIGKILL)
         seen |= fresh
+
+
+def send_signal(how: Callable[[int, int], None], target: int, number: int) -> None:
+    try:
+        how(target, number)
+    except ProcessLookupError:
+        pass
 
 
 class Plan:
@@ -981,7 +991,7 @@ class Agent:
             self.refuse(request, refusal)
         except OSError as error:
             self.refuse(request, refuse_os(what, error))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             # only the class: the text could repeat what the request carried
             self.refuse(request, RefusedError("bad_request", f"{what}: {type(error).__name__}"))
 
@@ -1148,10 +1158,7 @@ class Agent:
         if number == signal.SIGKILL:
             kill_members(command)
         else:
-            try:
-                os.killpg(command.pid, number)
-            except ProcessLookupError:
-                pass
+            send_signal(os.killpg, command.pid, number)
         return {}
 
     def on_forget(self, _: int, message: Message) -> Message:
@@ -1304,12 +1311,7 @@ def find_port(wait: float = 30.0) -> str:
 
 
 def open_port(path: str) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    if os.isatty(fd):
-        import tty  # noqa: PLC0415  (a pseudo-terminal is for tests)
-
-        tty.setraw(fd)
-    return fd
+    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
 
 
 def main(argv: Iterable[str], system: System | None = None) -> None:

@@ -186,37 +186,41 @@ class Channel:
         self._link.streams[stream] = lambda kind, payload: kind == wire.ACK and flow.on_ack(payload)
         self._link.waiters.add(changed)
         size: asyncio.Future[wire.Size] | None = None
+        feeding: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(timeout):
                 size = self._link.submit(wire.PutRequest(path, stream, mode & 0o7777, user), wire.Size)
                 size.add_done_callback(lambda _: changed.set())
-                async for chunk in chunks(data):
-                    await self._push(flow, chunk, size, changed)
-                    if size.done():
-                        break
-                flow.end()
+                feeding = asyncio.create_task(self._feed(flow, data, changed))
+                # a refusal, or the channel's end, must not wait for a slow source of data
+                await asyncio.wait((feeding, size), return_when=asyncio.FIRST_COMPLETED)
+                if feeding.done():
+                    await feeding
                 written = (await size).size
         except TimeoutError:
             raise GuestTimeout(f"put {path}: not written within {timeout:g} s") from None
         finally:
             self._link.waiters.discard(changed)
             self._link.streams.pop(stream, None)
+            if feeding is not None:
+                feeding.cancel()
+                await asyncio.wait((feeding,))
             if size is not None:
                 self._cancel(size, stream)
         if written != flow.sent:
             raise GuestProtocolError(f"put {path}: the guest says {written} bytes of {flow.sent}")
 
-    async def _push(
-        self, flow: Outflow, chunk: bytes, reply: asyncio.Future[wire.Size], changed: asyncio.Event
-    ) -> None:
-        rest = memoryview(chunk)
-        while rest and not reply.done():
-            before = len(rest)
-            changed.clear()
-            rest = flow.push(rest)
-            await self._link.drain()
-            if len(rest) == before and not reply.done():
-                await changed.wait()
+    async def _feed(self, flow: Outflow, data: bytes | AsyncIterable[bytes], changed: asyncio.Event) -> None:
+        async for chunk in chunks(data):
+            rest = memoryview(chunk)
+            while rest:
+                before = len(rest)
+                changed.clear()
+                rest = flow.push(rest)
+                await self._link.drain()
+                if len(rest) == before:
+                    await changed.wait()
+        flow.end()
 
     def _cancel(self, reply: asyncio.Future[wire.Size], stream: int) -> None:
         """Nobody waits for this transfer any more: an end at an impossible offset makes the agent drop it."""

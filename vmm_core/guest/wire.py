@@ -75,6 +75,9 @@ class ReviveRequest(Message, frozen=True, tag="revive"):
     machine_id: str
     hosts: dict[str, str]
 
+    def __repr__(self) -> str:  # the entropy is nobody's business
+        return f"ReviveRequest({self.hostname!r})"
+
 
 class QuiesceRequest(Message, frozen=True, tag="quiesce"):
     pass

@@ -1,0 +1,17 @@
+"""What every suite shares: one event loop kind, and the directory that keeps bakes between runs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Kept between runs: root file systems and templates are baked once for all their inputs."""
+    return Path(os.environ.get("MICROVM_TEST_DATA", "/var/tmp/microvm-tests"))
