@@ -22,7 +22,7 @@ from images import rootfs
 from images.cache import Cache
 from images.errors import BakeFailed, BuildFailed
 from images.events import BakeEvent, Step
-from images.plan import Plan, make_plan, rules, settle_program
+from images.plan import Plan, make_plan, open_rules, settle_program
 from images.recipe import Recipe
 from images.schema import WarmStep
 from vmm_core.drivers.base import Saved
@@ -67,6 +67,7 @@ class _Bake:
         self._cache = Cache(engine.data_dir / "cache")
         self._started = time.monotonic()
         self._times: list[tuple[str, float]] = []
+        self._execs = 0
 
     async def run(self, *, force: bool) -> Baked:
         with self._named("check") as step:
@@ -114,8 +115,7 @@ class _Bake:
             tree = await rootfs.get_packages(self._cache, plan.resolution, plan.wanted, step)
         with self._named("rootfs") as step:
             disk = await rootfs.get_disk(self._cache, tree, plan.kernel, plan.contents, step)
-            warm_rules = await rules(recipe.warm_egress, step)
-            job_rules = await rules(recipe.egress, step)
+            warm_rules, job_rules = await open_rules(recipe, step)
         image = BootImage(kernel=plan.kernel.vmlinux, initrd=plan.kernel.initrd, disk=disk)
         async with self._booted(image, _opened(recipe.machine, warm_rules)) as vm:
             for warm in recipe.warm:
@@ -244,10 +244,11 @@ class _Bake:
     ) -> tuple[ExecResult, list[str]]:
         """Run a command in the guest, pass its lines on, and return its end and its last lines."""
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._execs += 1
         try:
             process = await vm.start(
                 argv,
-                exec_id=f"bake-{len(self._times)}-{step.name}"[:60],
+                exec_id=f"bake-{self._execs}",
                 user=user,
                 env=env,
                 cwd=cwd,

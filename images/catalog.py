@@ -28,7 +28,9 @@ def templates(source: Engine | SnapshotStore) -> list[Template]:
     store = source.snapshots if isinstance(source, Engine) else source
     by_digest = {snapshot.digest: snapshot for snapshot in store.list()}
     return [
-        _template(name, by_digest[digest]) for name, digest in sorted(store.names().items()) if digest in by_digest
+        _template(name, by_digest[digest])
+        for name, digest in sorted(store.names().items())
+        if digest in by_digest
     ]
 
 

@@ -104,15 +104,19 @@ def settle_program() -> bytes:
     return resources.files("images").joinpath("settle.py").read_bytes()
 
 
-async def rules(names: Sequence[str], step: Step) -> tuple[EgressRule, ...]:
-    """An egress list as rules, ``package-registries`` looked up now."""
-    found: dict[EgressRule, None] = {}
-    for name in names:
-        if name == PACKAGE_REGISTRIES:
-            found |= dict.fromkeys(await registries.package_registries(step))
-        else:
-            found[parse_egress(name)] = None
-    return tuple(found)
+async def open_rules(recipe: Recipe, step: Step) -> tuple[tuple[EgressRule, ...], tuple[EgressRule, ...]]:
+    """What the warm steps may reach and what jobs may reach, ``package-registries`` looked up now."""
+    looked_up: tuple[EgressRule, ...] = ()
+    if PACKAGE_REGISTRIES in (*recipe.warm_egress, *recipe.egress):
+        looked_up = await registries.package_registries(step)
+
+    def rules(names: Sequence[str]) -> tuple[EgressRule, ...]:
+        found: dict[EgressRule, None] = {}
+        for name in names:
+            found |= dict.fromkeys(looked_up if name == PACKAGE_REGISTRIES else (parse_egress(name),))
+        return tuple(found)
+
+    return rules(recipe.warm_egress), rules(recipe.egress)
 
 
 def _check_host() -> None:

@@ -13,6 +13,7 @@ import os
 import sys
 
 _MIB = 1 << 20
+_PAGE = 4096
 # Left alone for the kernel and this program.
 _RESERVE_MIB = 24
 
@@ -44,14 +45,14 @@ def read_files(patterns: "list[str]", limit: int) -> "tuple[int, int, int]":
 
 
 def zero_free_memory() -> int:
-    """Write zeros over what is free now; returns how many bytes."""
+    """Take what is free now, zeroed, and give it back; returns how many bytes."""
     size = (meminfo("MemFree") // _MIB - _RESERVE_MIB) * _MIB
     if size <= 0:
         return 0
-    zeros = bytes(_MIB)
     with mmap.mmap(-1, size) as region:
-        for _ in range(size // _MIB):
-            region.write(zeros)
+        region.madvise(mmap.MADV_HUGEPAGE)  # one page fault for 2 MiB
+        # A touch is enough: the kernel hands out zeroed pages only.
+        region[::_PAGE] = bytes(size // _PAGE)
     return size
 
 
