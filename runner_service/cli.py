@@ -1,0 +1,282 @@
+"""The ``microvm`` command. Everything heavy is imported by the command that needs it, so ``--help`` is quick."""
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from rich_click import RichGroup
+
+if TYPE_CHECKING:
+    from runner_service.settings import Settings
+
+_OURS = ("vmm_core.", "images.", "github_webhook.", "runner_service.")
+_USAGE = ("SettingsError", "RecipeError", "ServiceBusyError", "BadRequest")
+
+
+config_option = click.option(
+    "--config",
+    "config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Settings file (TOML). Default: $MICROVM_CONFIG, ./microvm.toml, /etc/microvm/microvm.toml.",
+)
+data_dir_option = click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Data directory. Default: $MICROVM_DATA_DIR, the settings, /var/lib/microvm.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+api_option = click.option(
+    "--api", envvar="MICROVM_API", help="Address of the service, such as http://127.0.0.1:8470."
+)
+
+
+class _Group(RichGroup):
+    """Commands in the order of first use, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="microvm-runner", prog_name="microvm")
+def cli() -> None:
+    """One ephemeral microVM per CI job, forked in milliseconds from a warm parent.
+
+    Start with `microvm doctor`, then `microvm bake python-ci` and `microvm run python-ci -- python3 --version`.
+    """
+
+
+def main() -> NoReturn:
+    """Entry point: expected errors become one sentence and an exit code (2 wrong use, 1 failure)."""
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.exceptions.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing to say, nobody to say it to.
+        sys.stderr.close()
+        sys.exit(141)
+    except Exception as error:
+        if not _expected(error):
+            raise
+        click.echo(f"microvm: {error}", err=True)
+        sys.exit(2 if type(error).__name__ in _USAGE else 1)
+
+
+def _expected(error: Exception) -> bool:
+    """Errors that our packages raise on purpose say what to do; any other is a fault of ours and shows itself."""
+    return f"{type(error).__module__}.".startswith(_OURS)
+
+
+def settings_of(config: Path | None, data_dir: Path | None) -> "Settings":
+    """The settings, with the data directory of the command line if one was given."""
+    import msgspec  # noqa: PLC0415
+
+    from runner_service import settings  # noqa: PLC0415
+
+    found = settings.load(config)
+    if data_dir is None:
+        return found
+    service = msgspec.structs.replace(found.service, data_dir=str(data_dir))
+    return msgspec.structs.replace(found, service=service)
+
+
+def run_async(coroutine: Coroutine[Any, Any, int | None]) -> int:
+    """Run a command's coroutine; its answer is the exit code."""
+    return asyncio.run(coroutine) or 0
+
+
+# ── this host ────────────────────────────────────────────────────────────────────────────────────
+
+
+@cli.command()
+@config_option
+@data_dir_option
+@json_option
+def doctor(*, config: Path | None, data_dir: Path | None, as_json: bool) -> int:
+    """Tell what this host offers, what is missing, and what to do about it."""
+    from runner_service.commands import host  # noqa: PLC0415
+
+    return run_async(host.doctor(settings_of(config, data_dir).data_dir, as_json=as_json))
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Replace a value of the recipe; repeatable.",
+)
+@click.option("--force", is_flag=True, help="Bake again even if a template of the same inputs exists.")
+@config_option
+@data_dir_option
+@json_option
+def bake(
+    *,
+    recipe: str,
+    overrides: tuple[str, ...],
+    force: bool,
+    config: Path | None,
+    data_dir: Path | None,
+    as_json: bool,
+) -> int:
+    """Make a template from RECIPE: the name of a shipped recipe (minimal, python-ci, github-runner) or a YAML file."""
+    from runner_service.commands import host  # noqa: PLC0415
+
+    pairs: dict[str, str] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise click.BadParameter(f"'{override}' is not KEY=VALUE", param_hint="--set")
+        pairs[key] = value
+    directory = settings_of(config, data_dir).data_dir
+    return run_async(host.bake(directory, recipe, pairs, force=force, as_json=as_json))
+
+
+@cli.command()
+@config_option
+@data_dir_option
+@json_option
+def templates(*, config: Path | None, data_dir: Path | None, as_json: bool) -> int:
+    """List the templates of this host."""
+    from runner_service.commands import host  # noqa: PLC0415
+
+    return run_async(host.templates(settings_of(config, data_dir).data_dir, as_json=as_json))
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("template")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--user", default="runner", show_default=True, help="User of the guest to run as.")
+@click.option("--cwd", help="Directory of the guest to run in. Default: the user's home.")
+@click.option("--env", "environment", multiple=True, metavar="NAME=VALUE", help="Set a variable; repeatable.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.1), help="End the command after so many seconds (exit code 124)."
+)
+@click.option("--timings", is_flag=True, help="Tell on stderr how long the fork took.")
+@config_option
+@data_dir_option
+def run(
+    *,
+    template: str,
+    command: tuple[str, ...],
+    user: str,
+    cwd: str | None,
+    environment: tuple[str, ...],
+    timeout: float | None,
+    timings: bool,
+    config: Path | None,
+    data_dir: Path | None,
+) -> int:
+    """Fork TEMPLATE, run COMMAND in it with this terminal's input and output, destroy it.
+
+    The exit code is that of the command. Example: microvm run python-ci -- pytest -q
+    """
+    from runner_service.commands import attached  # noqa: PLC0415
+
+    env: dict[str, str] = {}
+    for pair in environment:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"'{pair}' is not NAME=VALUE", param_hint="--env")
+        env[name] = value
+    argv = command[1:] if command[0] == "--" else command
+    if not argv:
+        raise click.UsageError("a command is missing: microvm run TEMPLATE -- COMMAND")
+    wish = attached.Wish(template, tuple(argv), user=user, cwd=cwd, env=env, timeout=timeout, timings=timings)
+    return run_async(attached.run(settings_of(config, data_dir).data_dir, wish))
+
+
+# ── the service ──────────────────────────────────────────────────────────────────────────────────
+
+
+@cli.command()
+@config_option
+@data_dir_option
+def serve(*, config: Path | None, data_dir: Path | None) -> int:
+    """Run the service: take webhooks, fork a VM per job, until SIGTERM. VMs outlive it and are adopted again."""
+    import uvloop  # noqa: PLC0415
+
+    from runner_service import daemon  # noqa: PLC0415
+
+    uvloop.run(daemon.serve(settings_of(config, data_dir)))
+    return 0
+
+
+@cli.command()
+@config_option
+@data_dir_option
+@api_option
+@json_option
+def ps(*, config: Path | None, data_dir: Path | None, api: str | None, as_json: bool) -> int:
+    """List the VMs of this host and what they cost."""
+    from runner_service.commands import service  # noqa: PLC0415
+
+    return run_async(service.ps(settings_of(config, data_dir), api, as_json=as_json))
+
+
+@cli.command()
+@click.option(
+    "--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many at most."
+)
+@config_option
+@data_dir_option
+@api_option
+@json_option
+def jobs(*, limit: int, config: Path | None, data_dir: Path | None, api: str | None, as_json: bool) -> int:
+    """List the newest jobs."""
+    from runner_service.commands import service  # noqa: PLC0415
+
+    return run_async(service.jobs(settings_of(config, data_dir), api, limit, as_json=as_json))
+
+
+@cli.command()
+@click.argument("job")
+@config_option
+@data_dir_option
+@api_option
+@json_option
+def why(*, job: str, config: Path | None, data_dir: Path | None, api: str | None, as_json: bool) -> int:
+    """Tell step by step what happened to JOB, and what it waits for."""
+    from runner_service.commands import service  # noqa: PLC0415
+
+    return run_async(service.why(settings_of(config, data_dir), api, job, as_json=as_json))
+
+
+@cli.command()
+@click.argument("job")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the job's runner has ended.")
+@config_option
+@data_dir_option
+@api_option
+def logs(*, job: str, follow: bool, config: Path | None, data_dir: Path | None, api: str | None) -> int:
+    """Print the log of JOB's runner."""
+    from runner_service.commands import service  # noqa: PLC0415
+
+    return run_async(service.logs(settings_of(config, data_dir), api, job, follow=follow))
+
+
+@cli.command()
+@click.argument("vm")
+@config_option
+@data_dir_option
+@api_option
+def kill(*, vm: str, config: Path | None, data_dir: Path | None, api: str | None) -> int:
+    """End VM at once; a job on it fails."""
+    from runner_service.commands import service  # noqa: PLC0415
+
+    return run_async(service.kill(settings_of(config, data_dir), api, vm))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The command line's view of a service: its API when it answers, else the database of the data directory, read-only."""
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from runner_service import views
+from runner_service.joblog import JobLogs
+from runner_service.settings import Settings, SettingsError
+
+T = TypeVar("T")
+SERVICE_FILE = "service.json"
+
+
+class NotThereError(Exception):
+    """What was asked for does not exist; the message is a sentence."""
+
+
+class Source(Protocol):
+    """Where the command line reads from."""
+
+    async def jobs(self, limit: int) -> list[views.JobView]: ...
+    async def story(self, job: str) -> views.Story: ...
+    def log(self, job: str, *, follow: bool) -> AsyncIterator[bytes]: ...
+    async def vms(self) -> list[views.VmView] | None: ...
+
+
+class ServiceAnswer(msgspec.Struct, frozen=True):
+    """``service.json``: where the running service answers."""
+
+    address: str
+    pid: int
+
+
+@contextlib.asynccontextmanager
+async def source(settings: Settings, api: str | None) -> AsyncGenerator[Source]:
+    """The running service of these settings (or at ``api``); without one, its database."""
+    import httpx  # noqa: PLC0415
+
+    address = api or announced(settings.data_dir)
+    if address is not None:
+        async with httpx.AsyncClient(base_url=address, timeout=httpx.Timeout(10.0, read=60.0)) as http:
+            try:
+                (await http.get("/healthz")).raise_for_status()
+            except httpx.HTTPError as error:
+                if api is not None:
+                    raise SettingsError(f"no service answers at {api}: {error}") from error
+            else:
+                yield _Api(http)
+                return
+    from runner_service.daemon import database_url  # noqa: PLC0415
+    from runner_service.store.store import Store  # noqa: PLC0415
+
+    async with Store.open(database_url(settings), read_only=True) as store:
+        yield _Database(store, settings.data_dir)
+
+
+def announced(data_dir: Path) -> str | None:
+    """The address that the service of this data directory wrote down, if it did."""
+    try:
+        return msgspec.json.decode((data_dir / SERVICE_FILE).read_bytes(), type=ServiceAnswer).address
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+async def kill(settings: Settings, api: str | None, vm_id: str) -> bool:
+    """Ask the service to end a VM; False when no service answers."""
+    import httpx  # noqa: PLC0415
+
+    address = api or announced(settings.data_dir)
+    if address is None:
+        return False
+    async with httpx.AsyncClient(base_url=address, timeout=30.0) as http:
+        try:
+            answer = await http.post(f"/vms/{_quoted(vm_id)}/kill")
+        except httpx.ConnectError:
+            return False
+    if answer.status_code == 404:
+        raise NotThereError(f"there is no VM {vm_id}: see microvm ps")
+    answer.raise_for_status()
+    return True
+
+
+class _Api:
+    def __init__(self, http: Any) -> None:
+        self._http = http
+
+    async def jobs(self, limit: int) -> list[views.JobView]:
+        return await self._get("/jobs", list[views.JobView], limit=limit)
+
+    async def story(self, job: str) -> views.Story:
+        return await self._get(f"/jobs/{_quoted(job)}", views.Story)
+
+    async def vms(self) -> list[views.VmView] | None:
+        return await self._get("/vms", list[views.VmView])
+
+    async def log(self, job: str, *, follow: bool) -> AsyncIterator[bytes]:
+        params = {"follow": "true" if follow else "false"}
+        # A quiet job is silent for hours; the service ends the stream, or the connection breaks.
+        async with self._http.stream(
+            "GET", f"/jobs/{_quoted(job)}/log", params=params, timeout=None if follow else 60.0
+        ) as answer:
+            if answer.status_code != 200:
+                await answer.aread()
+                raise NotThereError(_detail(answer))
+            async for piece in answer.aiter_raw():
+                yield piece
+
+    async def _get(self, path: str, kind: type[T], **params: Any) -> T:
+        answer = await self._http.get(path, params=params)
+        if answer.status_code != 200:
+            raise NotThereError(_detail(answer))
+        return msgspec.json.decode(answer.content, type=kind)
+
+
+class _Database:
+    def __init__(self, store: Any, data_dir: Path) -> None:
+        self._store = store
+        self._logs = JobLogs(data_dir / "logs", limit=0)
+
+    async def jobs(self, limit: int) -> list[views.JobView]:
+        async with self._store.read() as db:
+            return await views.list_jobs(db, limit=limit)
+
+    async def story(self, job: str) -> views.Story:
+        async with self._store.read() as db:
+            found = await views.story(db, job)
+        if found is None:
+            raise NotThereError(f"there is no job {job!r}: see microvm jobs")
+        return found
+
+    async def vms(self) -> list[views.VmView] | None:
+        return None
+
+    async def log(self, job: str, *, follow: bool) -> AsyncIterator[bytes]:
+        del follow  # nothing is appended while no service runs
+        story = await self.story(job)
+        if story.job.runner is not None:
+            async for piece in self._logs.read(story.job.runner):
+                yield piece
+
+
+def _detail(answer: Any) -> str:
+    try:
+        return str(msgspec.json.decode(answer.content)["detail"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return f"the service answered {answer.status_code}"
+
+
+def _quoted(segment: str) -> str:
+    from urllib.parse import quote  # noqa: PLC0415
+
+    return quote(segment, safe="")

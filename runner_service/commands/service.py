@@ -1,0 +1,104 @@
+"""``microvm ps | jobs | why | logs | kill``: look at the service, give it orders."""
+
+import asyncio
+import os
+import sys
+from datetime import datetime
+
+from runner_service import client, views
+from runner_service.commands import show
+from runner_service.settings import Settings
+from vmm_core.engine import Engine
+
+
+async def ps(settings: Settings, api: str | None, *, as_json: bool) -> int:
+    """VMs from the service, or from the data directory when no service answers."""
+    found: list[views.VmView] | None = None
+    if api is not None or client.announced(settings.data_dir) is not None:
+        async with client.source(settings, api) as source:
+            found = await source.vms()
+    if found is None:
+        found = await _vms_of(settings)
+    if as_json:
+        show.print_json(found)
+        return 0
+    rows = [
+        (vm.id, vm.template, vm.runner, vm.runner_state, vm.job, vm.pid, f"{vm.vcpus}×{vm.memory_mib}",
+         show.mib(vm.private_dirty_bytes), show.ago(vm.created_at))
+        for vm in found
+    ]  # fmt: skip
+    columns = ("VM", "TEMPLATE", "RUNNER", "STATE", "JOB", "PID", "CPU×MIB", "PRIVATE MIB", "AGE")
+    show.table(columns, rows, empty="no VM runs", right=("PID", "PRIVATE MIB", "AGE"))
+    return 0
+
+
+async def _vms_of(settings: Settings) -> list[views.VmView]:
+    if not settings.data_dir.is_dir():
+        return []
+    async with Engine.open(settings.data_dir) as engine:
+        return [views.vm_view(record) for record in engine.records()]
+
+
+async def jobs(settings: Settings, api: str | None, limit: int, *, as_json: bool) -> int:
+    async with client.source(settings, api) as source:
+        found = await source.jobs(limit)
+    if as_json:
+        show.print_json(found)
+        return 0
+    rows = [
+        (job.id, job.repository, job.name, job.conclusion or job.state, job.template, job.runner,
+         show.ago(job.queued_at), job.waits_for)
+        for job in found
+    ]  # fmt: skip
+    columns = ("JOB", "REPOSITORY", "NAME", "STATE", "TEMPLATE", "RUNNER", "QUEUED", "WAITS FOR")
+    show.table(columns, rows, empty="no job was seen yet", right=("QUEUED",))
+    return 0
+
+
+async def why(settings: Settings, api: str | None, job: str, *, as_json: bool) -> int:
+    """The story of a job: each step, its milliseconds since the event, why, and what it waits for."""
+    async with client.source(settings, api) as source:
+        story = await source.story(job)
+    if as_json:
+        show.print_json(story)
+        return 0
+    shown = story.job
+    state = shown.conclusion or shown.state
+    sys.stdout.write(f"{shown.id}  {shown.repository}  {shown.name}  [{', '.join(shown.labels)}]  {state}\n")
+    if shown.waits_for:
+        sys.stdout.write(f"waits for: {shown.waits_for}\n")
+    rows = [
+        (datetime.fromtimestamp(line.at).strftime("%H:%M:%S.%f")[:-3],
+         "" if line.ms is None else f"{line.ms:.0f}", line.step, line.runner_id, line.reason, line.waits_for)
+        for line in story.timeline
+    ]  # fmt: skip
+    show.table(
+        ("AT", "MS", "STEP", "RUNNER", "WHY", "WAITS FOR"), rows, empty="nothing happened yet", right=("MS",)
+    )
+    return 0
+
+
+async def logs(settings: Settings, api: str | None, job: str, *, follow: bool) -> int:
+    """The raw log; on a terminal only text and colours of it."""
+    terminal = sys.stdout.isatty()
+    async with client.source(settings, api) as source:
+        async for piece in source.log(job, follow=follow):
+            data = show.for_terminal(piece) if terminal else piece
+            # Off the loop: a reader that is slow must slow us down, not break the connection.
+            await asyncio.to_thread(_write, data)
+    return 0
+
+
+async def kill(settings: Settings, api: str | None, vm: str) -> int:
+    """Through the service, so that its runner is retired properly; without a service the VM is just ended."""
+    if not await client.kill(settings, api, vm):
+        async with Engine.open(settings.data_dir) as engine:
+            await engine.destroy(vm)
+    sys.stdout.write(f"{vm} is being ended\n")
+    return 0
+
+
+def _write(data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(1, rest) :]

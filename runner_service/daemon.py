@@ -1,0 +1,389 @@
+"""The service as a process: the only file that names concrete classes and wires them together.
+
+lock the data directory → store → engine → forge → scheduler → API
+SIGTERM, SIGINT: no new work, streams end, VMs run on; the next start adopts them.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import structlog
+import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
+
+from github_webhook.app_auth import AppAuth, TokenAuth
+from github_webhook.github import GitHub
+from github_webhook.receiver import receiver
+from github_webhook.rest import api_base_url
+from images.catalog import templates as baked_templates
+from runner_service import github_forge, telemetry, views
+from runner_service.api import Api, Check, Readiness
+from runner_service.decide import Decider, Rules
+from runner_service.domain import Host, Ignored, JobEvent, Runner, Template
+from runner_service.flow import Flow, Limits
+from runner_service.inbox import StoreInbox
+from runner_service.joblog import JobLogs
+from runner_service.ports import Forge
+from runner_service.scheduler import Scheduler
+from runner_service.settings import GitHubSettings, Settings, SettingsError, read_secret, webhook_secrets
+from runner_service.store import queries as q
+from runner_service.store.store import Store, sqlite_url
+from vmm_core.engine import Engine
+from vmm_core.errors import UnknownTemplate, VmmError
+from vmm_core.machine import EgressRule
+
+log = structlog.get_logger("daemon")
+
+SERVICE_FILE = "service.json"
+_ROOM_BYTES = 1 << 30
+_PREWARM_SECONDS = 60.0
+
+
+class ServiceBusyError(SettingsError):
+    """Another service runs on this data directory, or holds the address."""
+
+    code = "service_busy"
+
+
+async def serve(settings: Settings) -> None:
+    """Run the service until SIGTERM or SIGINT. Raises SettingsError, StoreError, VmmError before it serves."""
+    telemetry.configure_logging(settings.service.log_format, settings.service.log_level)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    async with contextlib.AsyncExitStack() as stack:
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stack.enter_context(_only_one(settings.data_dir))
+        listening = stack.enter_context(_listen(settings.listen))
+        store = await stack.enter_async_context(Store.open(database_url(settings)))
+        engine = await stack.enter_async_context(Engine.open(settings.data_dir))
+        http = await stack.enter_async_context(_http())
+        service = Service(settings, store, engine, http)
+        await stack.enter_async_context(service.running(listening, stopping))
+        await stopping.wait()
+        log.info("stopping", vms=service.scheduler.vms)
+
+
+class Service:
+    """All parts of one service, wired."""
+
+    def __init__(self, settings: Settings, store: Store, engine: Engine, http: httpx.AsyncClient) -> None:
+        runners = settings.runners
+        self._settings = settings
+        self._store = store
+        self._engine = engine
+        self._http = http
+        self._metrics = telemetry.Metrics()
+        self._recovered = False
+        self._logs = JobLogs(settings.data_dir / "logs", limit=runners.log_limit_mib << 20)
+        self._catalog = EngineCatalog(engine)
+        self._forges: dict[str, Forge] = {}
+        auth = _auth(settings.github, http) if settings.github is not None else None
+        interpret: Callable[[q.InboxRow], JobEvent | Ignored] = github_forge.Interpreter(
+            auth if isinstance(auth, AppAuth) else None
+        )
+        if settings.github is not None and auth is not None:
+            client = GitHub(
+                base_url=api_base_url(settings.github.base_url),
+                auth=auth,
+                http=http,
+                timeout=settings.github.timeout_s,
+            )
+            group = settings.github.runner_group_id
+            self._forges[github_forge.FORGE] = github_forge.GitHubForge(client, runner_group_id=group)
+        limits = Limits.of(runners)
+        flow = Flow(
+            hypervisor=engine,
+            forges=self._forges,
+            catalog=self._catalog,
+            logs=self._logs,
+            limits=limits,
+            service=settings.service.name,
+            observe=self._observe,
+            allow=_egress(settings),
+        )
+        rules = Rules(
+            service=settings.service.name,
+            default_template=runners.default_template,
+            extra_labels=runners.extra_labels,
+            name_prefix=runners.name_prefix,
+            wanted_limit=runners.wanted_limit_s,
+            fork_limit=runners.fork_limit_s,
+        )
+        scope_of = github_forge.scope_chooser(settings.github or GitHubSettings())
+        decider = Decider(rules, interpret=interpret, scope_of=scope_of, templates=self._catalog.templates)
+        memory = runners.memory_mib or _available_memory_mib() * 8 // 10
+        self.scheduler = Scheduler(
+            store=store,
+            flow=flow,
+            decider=decider,
+            hypervisor=engine,
+            host=Host(settings.service.name, runners.max_vms, memory),
+            limits=limits,
+            metrics=self._metrics,
+            keep_seconds=settings.service.keep_days * 86400,
+            prune_logs=self._logs.prune,
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(self, listening: socket.socket, stopping: asyncio.Event) -> AsyncGenerator[None]:
+        """Serve: deliveries are taken (and kept) at once, runners are adopted and driven right after."""
+        server = _Server(self._uvicorn_config())
+        serving = asyncio.create_task(server.serve(sockets=[listening]), name="api")
+        deciding: asyncio.Task[None] | None = None
+        try:
+            _announce(self._settings.data_dir, listening)
+            await self._prepare()
+            await self.scheduler.start()
+            self._recovered = True
+            deciding = asyncio.create_task(self.scheduler.run(), name="scheduler")
+            for task in (serving, deciding):
+                # Neither ends by itself: if one does, the process must not pretend to serve.
+                task.add_done_callback(lambda _: stopping.set())
+            # What is here now stays: the collector need not look at it again and again.
+            gc.collect()
+            gc.freeze()
+            log.info(
+                "serving", address=_address(listening), forges=list(self._forges), vms=self.scheduler.vms
+            )
+            yield
+        finally:
+            if deciding is not None:
+                deciding.cancel()
+                await asyncio.gather(deciding, return_exceptions=True)
+            await self.scheduler.stop()
+            self._logs.end()
+            server.should_exit = True
+            await asyncio.gather(serving, return_exceptions=True)
+            (self._settings.data_dir / SERVICE_FILE).unlink(missing_ok=True)
+
+    def _uvicorn_config(self) -> uvicorn.Config:
+        api = Api(
+            store=self._store,
+            logs=self._logs,
+            metrics=self._metrics,
+            readiness=self._readiness,
+            vms=self._vms,
+            kill=self.scheduler.kill,
+        )
+        routers: list[Any] = []
+        github = self._settings.github
+        if github is not None:
+            secrets = _Secrets(github)
+            inbox = StoreInbox(self._store, github_forge.FORGE, self.scheduler.wake)
+            routers.append(receiver(inbox, secrets, counters=telemetry.DeliveryCounters(self._metrics)))
+        return uvicorn.Config(
+            api.app(routers),
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        )
+
+    async def _prepare(self) -> None:
+        """Do beforehand what the first job would otherwise wait for."""
+        await self._store.warm_up()
+        try:
+            async with asyncio.timeout(_PREWARM_SECONDS):
+                await self._engine.prewarm(self._settings.runners.default_template)
+        except UnknownTemplate as error:
+            log.warning("default_template_missing", error=str(error))
+        except (VmmError, TimeoutError) as error:
+            log.warning("prewarm_failed", error=str(error))
+        if self._settings.github is not None:
+            # Opens the connection (and its TLS session) that the first registration will use.
+            with contextlib.suppress(httpx.HTTPError):
+                await self._http.get(f"{api_base_url(self._settings.github.base_url)}/", timeout=5.0)
+
+    def _observe(self, event: JobEvent) -> None:
+        self.scheduler.observe(event)
+
+    async def _readiness(self) -> Readiness:
+        checks = [
+            Check("adopted", self._recovered, "running VMs were adopted" if self._recovered else "starting")
+        ]
+        try:
+            async with self._store.read() as db:
+                await q.runner_counts(db)
+            checks.append(Check("database", True, "answers"))
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            checks.append(Check("database", False, f"{type(error).__name__}: {error}"[:300]))
+        free = shutil.disk_usage(self._engine.staging).free
+        checks.append(Check("pool", free >= _ROOM_BYTES, f"{free >> 20} MiB free in the disk pool"))
+        default = self._settings.runners.default_template
+        baked = any(template.name == default for template in self._catalog.templates())
+        detail = f"the default template '{default}' is {'baked' if baked else 'not baked: microvm bake ' + default}"
+        checks.append(Check("template", baked, detail))
+        return Readiness(all(check.ok for check in checks), tuple(checks))
+
+    async def _vms(self) -> list[views.VmView]:
+        """Every VM of the host, whoever made it; what those of this process cost."""
+        async with self._store.read() as db:
+            runners: dict[str, Runner] = {runner.id: runner for runner in await q.active_runners(db)}
+        own = {vm.id: vm for vm in self._engine.vms()}
+        found: list[views.VmView] = []
+        for record in self._engine.records():
+            usage = None
+            if record.id in own:
+                with contextlib.suppress(VmmError, OSError):
+                    usage = await own[record.id].usage()
+            found.append(views.vm_view(record, runners.get(record.metadata.get("runner_id", "")), usage))
+        return found
+
+
+class EngineCatalog:
+    """The baked templates, read again only when a name changed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._store = engine.snapshots
+        self._names: dict[str, str] | None = None
+        self._templates: tuple[Template, ...] = ()
+
+    def templates(self) -> Sequence[Template]:
+        names = self._store.names()
+        if names != self._names:
+            self._templates = tuple(
+                Template(t.name, t.digest, t.labels, t.machine.memory_mib, t.runner_dir)
+                for t in baked_templates(self._store)
+            )
+            self._names = names
+        return self._templates
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling: the daemon decides when it ends."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+class _Secrets:
+    """The webhook secrets, read again at most every five seconds: rotating one needs no restart."""
+
+    def __init__(self, settings: GitHubSettings) -> None:
+        self._settings = settings
+        self._read_at = time.monotonic()
+        self._secrets = webhook_secrets(settings)
+        if not self._secrets:
+            log.warning(
+                "no_webhook_secret", advice="set github.webhook_secret_files: every delivery is refused"
+            )
+
+    def __call__(self) -> Sequence[str]:
+        now = time.monotonic()
+        if now - self._read_at > 5.0:
+            self._read_at = now
+            try:
+                self._secrets = webhook_secrets(self._settings)
+            except SettingsError as error:
+                log.error("webhook_secrets_unreadable", error=str(error))
+        return self._secrets
+
+
+def database_url(settings: Settings) -> str:
+    """Where the database is: SQLite in the data directory unless configured otherwise."""
+    service = settings.service
+    from_env = read_secret(file="", variable=service.database_url_env, what="service.database_url_env")
+    return from_env or service.database_url or sqlite_url(settings.data_dir / "runner_service.db")
+
+
+def _auth(settings: GitHubSettings, http: httpx.AsyncClient) -> AppAuth | TokenAuth:
+    token = read_secret(file=settings.token_file, variable=settings.token_env, what="github.token_file")
+    try:
+        if token is not None:
+            return TokenAuth(token)
+        key = read_secret(
+            file=settings.private_key_file, variable=settings.private_key_env, what="github.private_key_file"
+        )
+        return AppAuth(
+            client_id=settings.app_id,
+            private_key_pem=key or "",
+            http=http,
+            base_url=api_base_url(settings.base_url),
+            timeout=settings.timeout_s,
+        )
+    except ValueError as error:
+        # The text of the error is ours; the key or token itself is never part of it.
+        raise SettingsError(f"[github] the credentials cannot be used: {error}") from None
+
+
+def _http() -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=600.0)
+    return httpx.AsyncClient(limits=limits, timeout=10.0, headers={"user-agent": "microvm-runner"})
+
+
+def _egress(settings: Settings) -> tuple[EgressRule, ...] | None:
+    if settings.runners.egress is None:
+        return None
+    return tuple(EgressRule(rule.host, rule.port, rule.via or None) for rule in settings.runners.egress)
+
+
+@contextlib.contextmanager
+def _only_one(data_dir: Path) -> Generator[None]:
+    """Hold the data directory: two services on it would both think that its leases are theirs."""
+    fd = os.open(data_dir / "service.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServiceBusyError(
+                f"another service runs on {data_dir}: stop it, or use another data_dir"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _listen(address: tuple[str, int]) -> Generator[socket.socket]:
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(address)
+        except OSError as error:
+            shown = f"{address[0]}:{address[1]}"
+            raise ServiceBusyError(
+                f"cannot listen on {shown}: {error.strerror}; change service.listen"
+            ) from error
+        listening.setblocking(False)
+        yield listening
+    finally:
+        listening.close()
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(data_dir: Path, listening: socket.socket) -> None:
+    """Tell the command line where this service answers."""
+    draft = data_dir / f".{SERVICE_FILE}"
+    draft.write_bytes(msgspec.json.encode({"address": _address(listening), "pid": os.getpid()}))
+    draft.replace(data_dir / SERVICE_FILE)
+
+
+def _available_memory_mib() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) >> 10
+    return 0

@@ -1,0 +1,47 @@
+"""How many more, or fewer, runners of what. Pure: counts decide, never +1 or -1 per event."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from runner_service.domain import Runner, RunnerState
+
+# Which runner is given up first when there are too many: the one that has cost least so far.
+_GIVE_UP_ORDER: dict[RunnerState, int] = {"wanted": 0, "placed": 1, "forking": 2, "registering": 3, "idle": 4}
+
+
+class Brake(msgspec.Struct, frozen=True):
+    """No new runner of a group before ``until`` (Unix seconds), because of ``reason``."""
+
+    until: float
+    reason: str
+    failures: int
+
+
+def balance(queued: Mapping[str, int], runners: Iterable[Runner]) -> dict[str, int]:
+    """Per group: queued jobs minus runners starting or idle. Positive: make; negative: too many."""
+    difference = dict(queued)
+    for runner in runners:
+        if runner.covers:
+            difference[runner.group_key] = difference.get(runner.group_key, 0) - 1
+    return {group: count for group, count in difference.items() if count}
+
+
+def surplus(runners: Iterable[Runner], group: str, count: int, queued_jobs: frozenset[str]) -> list[Runner]:
+    """The ``count`` runners of ``group`` to give up: made for no queued job first, least advanced first."""
+    mine = [r for r in runners if r.covers and r.group_key == group]
+    mine.sort(key=lambda r: (r.job_id in queued_jobs, _GIVE_UP_ORDER[r.state], -r.created_at, r.id))
+    return mine[:count]
+
+
+def made_for(queued: Sequence[str], runners: Iterable[Runner], count: int) -> list[str]:
+    """Which of the ``queued`` job ids (oldest first) the next ``count`` runners are made for."""
+    taken = {r.job_id for r in runners if r.covers}
+    free = [job for job in queued if job not in taken]
+    return free[:count]
+
+
+def brake(failures: int, now: float, reason: str, *, retry_at: float | None = None) -> Brake:
+    """How long to hold back after ``failures`` failed runners in a row: 1, 2, 4 … 60 s, or until ``retry_at``."""
+    until = now + min(60.0, 2.0 ** (min(failures, 7) - 1))
+    return Brake(max(until, retry_at or 0.0), reason, failures)

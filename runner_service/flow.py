@@ -1,0 +1,434 @@
+"""The life of a runner after the decision to make one: one handler a state, each safe to run again.
+
+    wanted ─► placed ─► forking ─► registering ─► idle ─► busy ─► retiring ─► gone
+      │                    │            │          │ ▲      │        │ ▲
+      │                    └────────────┴──────────┴─│──────┴────────┘ │
+      └► gone                                        └─────────────────┘ the forge says: busy
+
+wanted       a queued job needs it; waits for room (decided in ``decide.py``, which alone sees all promises).
+placed       a host promised the room; goes on at once.
+forking      the VM is forked and the registration asked for, both at once; then the runner process is started
+             with one call over the channel.
+registering  the process runs in the guest; waits until it listens for jobs.
+idle         waits for the forge to give it a job.
+busy         a job runs on it; waits for the job's end, the process's exit or the job limit.
+retiring     deregistered if the forge still knows it, VM destroyed. Busy there means: believed, back to busy.
+gone         nothing of it is left.
+
+Each handler answers Goto, Wait or Done. Each state has a deadline; lateness is a reason to retire. That it was
+cancelled, killed or lost is read before the step, from the row and from what the VM did.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from github_webhook.errors import ForgeError, RateLimited, Unavailable
+from runner_service.domain import (
+    Answer,
+    Done,
+    Goto,
+    JobEvent,
+    Registration,
+    Runner,
+    RunnerState,
+    Wait,
+)
+from runner_service.joblog import JobLogs
+from runner_service.live import EXEC_ID, Live
+from runner_service.ports import Catalog, Forge, Hypervisor, RunnerVm
+from runner_service.settings import Runners
+from vmm_core.errors import GuestRefused, UnknownVm, VmmError
+from vmm_core.machine import EgressRule, GuestFile
+
+log = structlog.get_logger("flow")
+T = TypeVar("T")
+
+# Exit codes of Runner.Listener; 0 does not say that the job passed.
+EXIT_MEANING = {0: "ended", 1: "was terminated", 2: "asks to be retried", 3: "is updating", 4: "is updating",
+                5: "found its session taken", 7: "is too old for the forge"}  # fmt: skip
+
+# Reasons to leave at once: what runs in the VM is over, or must be. All others ask the forge first, and believe it.
+FORCED = frozenset({"runner_exited", "completed", "killed", "vm_lost", "vm_died", "late_busy", "late_retiring",
+                    "channel_lost", "runner_lost"})  # fmt: skip
+BENIGN = frozenset({"runner_exited", "completed", "killed", "cancelled", "late_idle", "late_busy"})
+_REGISTER_PAUSES = (0.25, 1.0, 3.0)
+_LOOK_EVERY = (2.0, 5.0, 10.0, 15.0)
+_BUSY_EVERY = 15.0
+_RETRY_EVERY = 5.0
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """How long a runner may stay in each state, in seconds."""
+
+    by_state: Mapping[RunnerState, float]
+    exit_grace: float
+    ttl: float
+
+    @classmethod
+    def of(cls, runners: Runners) -> "Limits":
+        by_state: dict[RunnerState, float] = {
+            "wanted": runners.wanted_limit_s,
+            "placed": runners.fork_limit_s,
+            "forking": runners.fork_limit_s,
+            "registering": runners.online_limit_s,
+            "idle": runners.idle_limit_s,
+            "busy": runners.job_limit_s,
+            "retiring": runners.retire_limit_s,
+            "gone": 0.0,
+        }
+        # The engine ends the VM by itself after this, should the service never come back.
+        ttl = sum(by_state.values()) - runners.wanted_limit_s + runners.exit_grace_s
+        return cls(by_state, runners.exit_grace_s, ttl)
+
+
+class Flow:
+    """The handlers, and what they need. ``observe`` is told what the forge says about jobs."""
+
+    def __init__(
+        self,
+        *,
+        hypervisor: Hypervisor,
+        forges: Mapping[str, Forge],
+        catalog: Catalog,
+        logs: JobLogs,
+        limits: Limits,
+        service: str,
+        observe: Callable[[JobEvent], None],
+        allow: tuple[EgressRule, ...] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._hypervisor = hypervisor
+        self._forges = forges
+        self._catalog = catalog
+        self._logs = logs
+        self._limits = limits
+        self._service = service
+        self._observe = observe
+        self._allow = allow
+        self.clock = clock
+        self._handlers: dict[RunnerState, Callable[[Runner, Live], Awaitable[Answer]]] = {
+            "forking": self._forking,
+            "registering": self._registering,
+            "idle": self._idle,
+            "busy": self._busy,
+            "retiring": self._retiring,
+            "gone": self._gone,
+        }
+
+    async def step(self, runner: Runner, live: Live) -> Answer:
+        """One step from the runner's state: facts first, then the state's handler within its deadline."""
+        now = self.clock()
+        fact = facts(runner, live, now)
+        if fact is not None:
+            return fact
+        handler = self._handlers[runner.state]
+        if runner.state in ("retiring", "gone"):
+            return await handler(runner, live)
+        try:
+            async with asyncio.timeout(max(0.05, runner.deadline - now)):
+                return await handler(runner, live)
+        except TimeoutError:
+            return late(runner)
+
+    # ── forking ──────────────────────────────────────────────────────────────────────────────────
+
+    async def _forking(self, runner: Runner, live: Live) -> Answer:
+        """Fork and register at once, then start the runner. After a crash the VM may be there already."""
+        template = next((t for t in self._catalog.templates() if t.digest == runner.digest), None)
+        directory = template.runner_dir if template is not None else None
+        if directory is None:
+            return Goto(
+                "retiring", f"the template '{runner.template}' is gone or holds no runner", "no_template"
+            )
+        if live.vm is not None and await self._resumed(runner, live):
+            return Goto("registering", "the runner process was started before the restart")
+        try:
+            vm, registration = await self._both(self._fork(runner, live), self._register(runner, live))
+            await self._start(runner, live, vm, registration, directory)
+        except ForgeError as error:
+            live.retry_at = error.retry_at if isinstance(error, RateLimited) else None
+            return Goto("retiring", f"cannot register with the forge: {error}", error.code)
+        except VmmError as error:
+            return Goto("retiring", f"cannot start the VM: {error}", error.code)
+        return Goto("registering", "the runner process runs in the guest")
+
+    async def _both(
+        self, fork: Awaitable[RunnerVm], register: Awaitable[Registration]
+    ) -> tuple[RunnerVm, Registration]:
+        """Both results; when one fails or we are stopped, the other is ended before the error goes on."""
+        tasks = (asyncio.ensure_future(fork), asyncio.ensure_future(register))
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    async def _fork(self, runner: Runner, live: Live) -> RunnerVm:
+        if live.vm is not None:
+            return live.vm
+        vm = await self._hypervisor.launch(
+            runner.digest or runner.template,
+            ttl=self._limits.ttl,
+            metadata={"runner_id": runner.id, "service": self._service, "scope": runner.scope_path},
+            allow=self._allow,
+            hostname=runner.id,
+        )
+        live.take_vm(vm)
+        live.changes["vm_id"] = vm.id
+        t = vm.timings
+        live.note(
+            runner, self.clock(), "forked",
+            f"VM {vm.id} in {t.total_ms:.0f} ms (disk {t.disk_ms:.0f}, start {t.spawn_ms:.0f}, revive {t.revive_ms:.0f})",
+        )  # fmt: skip
+        return vm
+
+    async def _register(self, runner: Runner, live: Live) -> Registration:
+        """Ask for the registration; what is worth a retry is tried again a few times while the VM starts."""
+        forge = self._forge(runner)
+        for pause in (*_REGISTER_PAUSES, None):
+            try:
+                registration = await forge.register(runner.scope, name=runner.id, labels=runner.labels)
+            except ForgeError as error:
+                if pause is None or not error.retryable or isinstance(error, RateLimited):
+                    raise
+                live.note(
+                    runner, self.clock(), "register again", str(error), f"{pause:g} s after {error.code}"
+                )
+                await asyncio.sleep(pause)
+            else:
+                live.changes["remote_id"] = registration.remote_id
+                live.note(
+                    runner,
+                    self.clock(),
+                    "registered",
+                    f"runner {registration.remote_id} of {runner.scope_path}",
+                )
+                return registration
+        raise AssertionError("the last try raises or returns")
+
+    async def _start(
+        self, runner: Runner, live: Live, vm: RunnerVm, registration: Registration, directory: str
+    ) -> None:
+        process = await vm.start(
+            [f"{directory}/bin/Runner.Listener", "run"],
+            exec_id=EXEC_ID,
+            cwd=directory,
+            env={"ACTIONS_RUNNER_PRINT_LOG_TO_STDOUT": "1"},
+            files=[GuestFile(f"{directory}/{name}", data) for name, data in registration.files.items()],
+        )
+        live.note(runner, self.clock(), "started", "the runner process runs in the guest")
+        live.follow(process, self._logs.open(runner.id))
+
+    async def _resumed(self, runner: Runner, live: Live) -> bool:
+        """Whether the runner process of an adopted VM runs (or ran) already; then its streams are ours again."""
+        if not await self.attach(runner, live):
+            return False
+        if runner.remote_id is None:
+            remote = await self._ask(runner, live, lambda: self._forge(runner).find(runner.scope, runner.id))
+            live.changes["remote_id"] = remote.remote_id if remote is not None else None
+        return True
+
+    async def attach(self, runner: Runner, live: Live) -> bool:
+        """Take up the process and its log where they were left; False when the guest knows no such process."""
+        if live.process is not None:
+            return True
+        assert live.vm is not None, "only called for a runner with a VM"  # noqa: S101
+        joblog = self._logs.open(runner.id)
+        try:
+            process = await live.vm.attach(
+                EXEC_ID, stdout_from=joblog.offsets["stdout"], stderr_from=joblog.offsets["stderr"]
+            )
+        except GuestRefused:
+            return False
+        live.follow(process, joblog)
+        return True
+
+    # ── registering, idle, busy ──────────────────────────────────────────────────────────────────
+
+    async def _registering(self, runner: Runner, live: Live) -> Answer:
+        """Online is what the runner itself prints, or what the forge shows when asked now and then."""
+        if runner.serving_job_id is not None:
+            return Goto("busy", "the forge gave it a job")
+        if live.exit is not None:
+            return await self._exited(runner, live)
+        if live.listening:
+            return Goto("idle", "the runner listens for jobs")
+        waited = self.clock() - runner.state_at
+        remote_id = runner.remote_id
+        if waited >= _LOOK_EVERY[0] and remote_id is not None:
+            remote = await self._ask(runner, live, lambda: self._forge(runner).look(runner.scope, remote_id))
+            if remote is not None and remote.online:
+                return Goto("busy" if remote.busy else "idle", "the forge shows it online")
+        pause = _LOOK_EVERY[min(live.looks, len(_LOOK_EVERY) - 1)]
+        live.looks += 1
+        return Wait(self.clock() + pause, "the runner to come online")
+
+    async def _idle(self, runner: Runner, live: Live) -> Answer:
+        if runner.serving_job_id is not None:
+            return Goto("busy", "the forge gave it a job")
+        if live.exit is not None:
+            return await self._exited(runner, live)
+        return Wait(runner.deadline, "a job from the forge")
+
+    async def _busy(self, runner: Runner, live: Live) -> Answer:
+        if live.exit is not None:
+            return await self._exited(runner, live)
+        if runner.job_done_at is not None:
+            until = runner.job_done_at + self._limits.exit_grace
+            if self.clock() >= until:
+                return Goto("retiring", "the job is completed", "completed")
+            return Wait(until, "the runner to exit after its job")
+        return Wait(runner.deadline, "the job to end")
+
+    async def _exited(self, runner: Runner, live: Live) -> Answer:
+        """The process is over. What the forge knows by now about the job is asked for, since its events may be late."""
+        assert live.exit is not None, "only called after the exit"  # noqa: S101
+        live.changes["exit_code"] = live.exit.code
+        await self._refresh_job(runner, live)
+        meaning = EXIT_MEANING.get(live.exit.code, "failed")
+        if runner.state != "busy" and live.exit.code != 0:
+            reason = f"the runner process {meaning} (exit code {live.exit.code}) without a job"
+            return Goto("retiring", reason, "runner_failed")
+        return Goto("retiring", f"the runner process {meaning} (exit code {live.exit.code})", "runner_exited")
+
+    # ── retiring ─────────────────────────────────────────────────────────────────────────────────
+
+    async def _retiring(self, runner: Runner, live: Live) -> Answer:
+        """Give everything back. While the VM may still work for somebody, the forge has the first word."""
+        now = self.clock()
+        overdue = now >= runner.deadline
+        alive = live.vm is not None and live.ended is None and live.exit is None
+        if alive and runner.code not in FORCED and not overdue:
+            answer = await self._deregister(runner, live)
+            if answer == "busy":
+                live.changes |= {"cancelled_at": None}
+                await self._refresh_job(runner, live)
+                return Goto("busy", "the forge says that a job runs on it")
+            if answer == "failed":
+                return Wait(min(now + _RETRY_EVERY, runner.deadline), "the forge to deregister it")
+        await self._destroy(runner, live)
+        answer = "gone" if runner.deregistered else await self._deregister(runner, live)
+        if answer in ("busy", "failed") and not overdue:
+            pause = _BUSY_EVERY if answer == "busy" else _RETRY_EVERY
+            return Wait(min(now + pause, runner.deadline), "the forge to deregister it")
+        if answer in ("busy", "failed"):
+            live.note(runner, now, "not deregistered", "the forge did not let it go within the deadline")
+        return Goto("gone", runner.reason or "retired", runner.code or "ok")
+
+    async def _deregister(self, runner: Runner, live: Live) -> str:
+        """``deleted``, ``gone`` (the forge knows it no more), ``busy``, or ``failed`` (told in the timeline)."""
+        remote_id = runner.remote_id or live.changes.get("remote_id")
+        try:
+            forge = self._forge(runner)
+            if remote_id is None:
+                # A registration may have been made and its answer lost: its name tells.
+                remote = await forge.find(runner.scope, runner.id)
+                if remote is None:
+                    live.changes["deregistered"] = True
+                    return "gone"
+                remote_id = live.changes["remote_id"] = remote.remote_id
+            answer = await forge.deregister(runner.scope, remote_id)
+        except ForgeError as error:
+            if live.said != str(error):
+                live.said = str(error)
+                live.note(runner, self.clock(), "deregister again", str(error), "the forge")
+            return "failed"
+        if answer == "busy":
+            return "busy"
+        live.changes["deregistered"] = True
+        said = "deregistered" if answer == "deleted" else "the forge had let it go already"
+        live.note(runner, self.clock(), "deregistered", said)
+        return answer
+
+    async def _destroy(self, runner: Runner, live: Live) -> None:
+        vm_id = runner.vm_id or live.changes.get("vm_id")
+        had_vm = live.vm is not None or vm_id is not None
+        if live.vm is not None:
+            await live.vm.destroy()
+        elif vm_id is not None:
+            with contextlib.suppress(UnknownVm):
+                await self._hypervisor.destroy(vm_id)
+        await live.stop()
+        live.vm = None
+        self._logs.close(runner.id)
+        live.changes["vm_id"] = None
+        if had_vm:
+            live.note(runner, self.clock(), "destroyed", "the VM and all it held are given back")
+
+    async def _gone(self, runner: Runner, live: Live) -> Answer:
+        del runner, live  # nothing is left to look at
+        return Done()
+
+    def _forge(self, runner: Runner) -> Forge:
+        forge = self._forges.get(runner.forge)
+        if forge is None:
+            raise Unavailable(f"no forge '{runner.forge}' is configured any more")
+        return forge
+
+    # ── asking the forge ─────────────────────────────────────────────────────────────────────────
+
+    async def _refresh_job(self, runner: Runner, live: Live) -> None:
+        """Ask the forge about the job this runner serves or was made for, as if an event had come."""
+        job_id = runner.serving_job_id or runner.job_id
+        if job_id is None or runner.job_done_at is not None:
+            return
+        owner, _, repo = live.repository.partition("/")
+        event = await self._ask(
+            runner, live,
+            lambda: self._forge(runner).job(
+                runner.scope, job_id.removeprefix(f"{runner.forge}-"), owner=owner, repo=repo
+            ),
+        )  # fmt: skip
+        if event is not None:
+            self._observe(event)
+
+    async def _ask(self, runner: Runner, live: Live, question: Callable[[], Awaitable[T]]) -> T | None:
+        """The answer, or None when the forge fails: then the timeline says so once, and life goes on."""
+        try:
+            return await question()
+        except ForgeError as error:
+            if live.said != str(error):
+                live.said = str(error)
+                live.note(runner, self.clock(), "forge failed", str(error))
+            return None
+
+
+def facts(runner: Runner, live: Live, now: float) -> Goto | None:
+    """What is true before the step and overrules it: killed, lost, cancelled, late."""
+    if runner.state in ("retiring", "gone"):
+        return None
+    if runner.killed_at is not None:
+        return Goto("retiring", "killed by an operator", "killed")
+    if live.ended is not None:
+        if live.exit is not None:
+            # The process exited and then the VM ended: the exit is the better story, the handler tells it.
+            return None
+        tail = f"; console: …{live.ended.console_tail[-300:]}" if live.ended.console_tail else ""
+        return Goto("retiring", f"the VM ended: {live.ended.reason or live.ended.kind}{tail}", "vm_died")
+    if live.lost is not None:
+        return Goto("retiring", live.lost, live.lost_code)
+    if runner.cancelled_at is not None and runner.serving_job_id is None and runner.state != "busy":
+        return Goto("retiring", "no job needs it any more", "cancelled")
+    if now >= runner.deadline:
+        return late(runner)
+    return None
+
+
+def late(runner: Runner) -> Goto:
+    """Lateness as a reason to retire."""
+    seconds = runner.deadline - runner.state_at
+    what = {
+        "forking": f"not forked and registered within {seconds:.0f} s",
+        "registering": f"the runner did not come online within {seconds:.0f} s",
+        "idle": f"idle for {seconds:.0f} s without a job",
+        "busy": f"the job took longer than its limit of {seconds:.0f} s",
+    }
+    return Goto("retiring", what.get(runner.state, f"late in state {runner.state}"), f"late_{runner.state}")

@@ -1,0 +1,148 @@
+"""GitHub as the control plane sees a forge: registrations by name, runners by id, jobs as events."""
+
+import fnmatch
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from github_webhook import events, github
+from github_webhook.app_auth import AppAuth
+from github_webhook.app_auth import Scope as GitHubScope
+from github_webhook.errors import AnswerInvalid, DeliveryRefused, JitConfigInvalid
+from github_webhook.jit import decode
+from runner_service.domain import Ignored, JobEvent, JobState, Registration, RemoteRunner, Scope
+from runner_service.settings import GitHubSettings
+from runner_service.store.queries import InboxRow
+
+FORGE = "github"
+# Statuses of the REST API; those not named here (requested, pending, waiting) come before "queued".
+_STATES: dict[str, JobState] = {"queued": "queued", "in_progress": "in_progress", "completed": "completed"}
+
+
+class GitHubForge:
+    """The ``Forge`` protocol over the REST client."""
+
+    def __init__(
+        self, client: github.GitHub, *, runner_group_id: int, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._client = client
+        self._group = runner_group_id
+        self._clock = clock
+
+    async def register(self, scope: Scope, *, name: str, labels: Sequence[str]) -> Registration:
+        """A fresh registration. A name that exists is our own lost answer: it is replaced unless it is busy."""
+        made = await self._client.generate_jit_config(
+            _scope(scope), name=name, labels=labels, runner_group_id=self._group, replace=True
+        )
+        try:
+            files = decode(made.encoded_jit_config)
+        except JitConfigInvalid as error:
+            raise AnswerInvalid(f"the forge's just-in-time configuration cannot be used: {error}") from None
+        return Registration(str(made.runner_id), files)
+
+    async def find(self, scope: Scope, name: str) -> RemoteRunner | None:
+        return _remote(await self._client.find_runner(_scope(scope), name))
+
+    async def look(self, scope: Scope, remote_id: str) -> RemoteRunner | None:
+        return _remote(await self._client.get_runner(_scope(scope), int(remote_id)))
+
+    async def deregister(self, scope: Scope, remote_id: str) -> Literal["deleted", "gone", "busy"]:
+        return await self._client.delete_runner(_scope(scope), int(remote_id))
+
+    async def job(self, scope: Scope, forge_job_id: str, *, owner: str, repo: str) -> JobEvent | None:
+        del scope
+        found = await self._client.get_job(owner, repo, int(forge_job_id))
+        return None if found is None else _job_event(found, owner, repo, self._clock())
+
+
+class Interpreter:
+    """Reads stored deliveries; tells an App's credentials which installations come and go."""
+
+    def __init__(self, auth: AppAuth | None = None) -> None:
+        self._auth = auth
+
+    def __call__(self, row: InboxRow) -> JobEvent | Ignored:
+        """What a stored delivery says about a job."""
+        try:
+            event = events.parse(row.event, row.payload)
+        except DeliveryRefused as error:
+            return Ignored(error.code)
+        if isinstance(event, events.Ignored):
+            return Ignored(event.reason)
+        if isinstance(event, events.WorkflowJobEvent):
+            if self._auth is not None and event.installation_id is not None:
+                self._auth.learn(GitHubScope.repository(event.owner, event.repo), event.installation_id)
+            return _event(event, row)
+        if (
+            isinstance(event, events.InstallationEvent)
+            and event.action in ("deleted", "suspend")
+            and self._auth
+        ):
+            self._auth.forget(event.installation_id)
+        return Ignored(row.event)
+
+
+def _event(event: events.WorkflowJobEvent, row: InboxRow) -> JobEvent:
+    return JobEvent(
+        forge=row.forge,
+        forge_job_id=str(event.job_id),
+        owner=event.owner,
+        repo=event.repo,
+        state=event.state,
+        labels=event.labels,
+        seen_at=row.received_at,
+        name=event.name,
+        workflow=event.workflow_name or "",
+        run_id=str(event.run_id),
+        run_attempt=event.run_attempt,
+        head_sha=event.head_sha,
+        head_branch=event.head_branch or "",
+        conclusion=event.conclusion,
+        runner_name=event.runner_name,
+        created_at=event.created_at,
+    )
+
+
+def scope_chooser(settings: GitHubSettings) -> Callable[[JobEvent], Scope | None]:
+    """Where a job's runner registers; None for a repository that is not to be served."""
+    patterns = [pattern.lower() for pattern in settings.repositories]
+
+    def scope_of(event: JobEvent) -> Scope | None:
+        path = f"{event.owner}/{event.repo}"
+        if patterns and not any(fnmatch.fnmatchcase(path.lower(), pattern) for pattern in patterns):
+            return None
+        if settings.register_at == "organization":
+            return Scope("organization", event.owner)
+        return Scope("repository", path)
+
+    return scope_of
+
+
+def _scope(scope: Scope) -> GitHubScope:
+    owner, _, repo = scope.path.partition("/")
+    return GitHubScope(kind=scope.kind, owner=owner, repo=repo or None)
+
+
+def _remote(runner: github.RemoteRunner | None) -> RemoteRunner | None:
+    return None if runner is None else RemoteRunner(str(runner.id), runner.name, runner.online, runner.busy)
+
+
+def _job_event(job: github.RemoteJob, owner: str, repo: str, now: float) -> JobEvent:
+    return JobEvent(
+        forge=FORGE,
+        forge_job_id=str(job.id),
+        owner=owner,
+        repo=repo,
+        state=_STATES.get(job.status, "waiting"),
+        labels=job.labels,
+        seen_at=now,
+        name=job.name,
+        workflow=job.workflow_name or "",
+        run_id=str(job.run_id),
+        run_attempt=job.run_attempt,
+        head_sha=job.head_sha,
+        head_branch=job.head_branch or "",
+        conclusion=job.conclusion,
+        runner_name=job.runner_name,
+        created_at=job.created_at,
+    )

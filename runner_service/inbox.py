@@ -1,0 +1,50 @@
+"""Where verified deliveries are written down: one committed row each, then the scheduler is woken."""
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from runner_service.store import queries as q
+from runner_service.store.store import Store
+
+
+class Arrived(Protocol):
+    """A verified delivery, as ``github_webhook.receiver.Delivery``. ``received_at`` in Unix seconds."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def event(self) -> str: ...
+    @property
+    def action(self) -> str | None: ...
+    @property
+    def received_at(self) -> float: ...
+    @property
+    def payload(self) -> bytes: ...
+    @property
+    def hook_id(self) -> str | None: ...
+
+
+class StoreInbox:
+    """The receiver's inbox for one forge."""
+
+    def __init__(self, store: Store, forge: str, wake: Callable[[], None]) -> None:
+        self._store = store
+        self._forge = forge
+        self._wake = wake
+
+    async def store(self, delivery: Arrived) -> Literal["stored", "known", "done"]:
+        """Committed when it returns. ``known``: had it, not processed yet; ``done``: processed before."""
+        row = {
+            "id": delivery.id,
+            "forge": self._forge,
+            "event": delivery.event,
+            "action": delivery.action,
+            "hook_id": delivery.hook_id,
+            "received_at": delivery.received_at,
+            "payload": delivery.payload,
+        }
+        async with self._store.write() as db:
+            outcome = await q.put_delivery(db, row)
+        if outcome != "done":
+            self._wake()
+        return outcome

@@ -1,0 +1,97 @@
+"""What the control plane needs from its neighbours, as narrow protocols; ``daemon.py`` plugs in the real ones."""
+
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from typing import ClassVar, Literal, Protocol
+
+from runner_service.domain import JobEvent, Registration, RemoteRunner, Scope, Template
+from vmm_core.machine import EgressRule, ExecResult, ForkTimings, GuestFile, Output, VmExit, VmRecord
+
+
+class GuestProcess(Protocol):
+    """A command in a guest, as ``vmm_core.guest.channel.Process``."""
+
+    def output(self) -> AsyncIterator[Output]: ...
+    async def wait(self, *, timeout: float | None = None) -> ExecResult: ...
+    async def kill(self, signal: int = 9) -> None: ...
+
+
+class RunnerVm(Protocol):
+    """A running VM, as ``vmm_core.vm.RunningVm``."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def record(self) -> VmRecord: ...
+
+    timings: ForkTimings
+
+    async def start(
+        self,
+        argv: Sequence[str],
+        *,
+        exec_id: str,
+        user: str = "runner",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        stdin: bool = False,
+        timeout: float | None = None,
+        files: Sequence[GuestFile] = (),
+    ) -> GuestProcess: ...
+    async def attach(self, exec_id: str, *, stdout_from: int = 0, stderr_from: int = 0) -> GuestProcess: ...
+    async def wait(self) -> VmExit: ...
+    async def destroy(self) -> None: ...
+
+
+class Hypervisor(Protocol):
+    """The engine of this host, as ``vmm_core.engine.Engine``."""
+
+    def launch(
+        self,
+        parent: str,
+        *,
+        ttl: float = 3600.0,
+        metadata: Mapping[str, str] | None = None,
+        allow: Sequence[EgressRule] | None = None,
+        hostname: str | None = None,
+    ) -> Awaitable[RunnerVm]: ...
+    def adopt(self) -> Awaitable[Sequence[RunnerVm]]: ...
+    def records(self) -> list[VmRecord]: ...
+    def destroy(self, vm_id: str) -> Awaitable[None]: ...
+    def prewarm(self, parent: str) -> Awaitable[None]: ...
+
+
+class Catalog(Protocol):
+    """The templates of this host; cheap enough to be asked for every decision."""
+
+    def templates(self) -> Sequence[Template]: ...
+
+
+class ForgeFailure(Protocol):
+    """The shape of a forge's error, as ``github_webhook.errors.ForgeError``."""
+
+    code: ClassVar[str]
+    retryable: bool
+
+
+class Forge(Protocol):
+    """One forge at one address. Every call ends within the client's own time-out, or raises ForgeError."""
+
+    async def register(self, scope: Scope, *, name: str, labels: Sequence[str]) -> Registration:
+        """A fresh registration; a left-over one of the same name is replaced."""
+        ...
+
+    async def find(self, scope: Scope, name: str) -> RemoteRunner | None:
+        """The registration of this name, or None."""
+        ...
+
+    async def look(self, scope: Scope, remote_id: str) -> RemoteRunner | None:
+        """The registration of this id, or None when the forge knows it no more."""
+        ...
+
+    async def deregister(self, scope: Scope, remote_id: str) -> Literal["deleted", "gone", "busy"]:
+        """Remove a registration. ``busy``: the forge refuses, a job runs on it."""
+        ...
+
+    async def job(self, scope: Scope, forge_job_id: str, *, owner: str, repo: str) -> JobEvent | None:
+        """What the forge says about a job now; None when it knows none."""
+        ...

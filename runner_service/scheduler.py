@@ -1,0 +1,373 @@
+"""Claim → step → persist, under leases: one task that decides, one task per runner, woken by events alone.
+
+    wake() ─► pass: one deciding transaction ─► a task per started runner ─► Flow.step ─► one commit a transition
+              ▲                                                    │
+              └── an event was stored · a runner ended · a brake ran out · every 10 s at the latest
+
+Start: adopt what runs, match it with the rows, go on where each row stands. Stop: tasks end, VMs run on.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from runner_service import demand
+from runner_service.decide import Decider, Decision
+from runner_service.domain import Answer, Done, Goto, Host, JobEvent, Runner, Wait, timeline
+from runner_service.flow import BENIGN, Flow, Limits
+from runner_service.live import Live
+from runner_service.ports import Hypervisor, RunnerVm
+from runner_service.reaper import Reaper
+from runner_service.store import queries as q
+from runner_service.store.store import Store
+from runner_service.telemetry import Metrics
+from vmm_core.errors import VmmError
+
+log = structlog.get_logger("scheduler")
+
+_TICK = 10.0
+_LEASE = 30.0
+_LOOK_AGAIN = 30.0
+_FORGET_EVERY = 3600.0
+_RETIRE_STEP_LIMIT = 120.0
+_ERROR_PAUSE = 5.0
+_OBSERVED_BOUND = 10_000
+
+
+class Scheduler:
+    """Runs the control plane of one host. ``wake`` may be called from any task of its loop."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        flow: Flow,
+        decider: Decider,
+        hypervisor: Hypervisor,
+        host: Host,
+        limits: Limits,
+        metrics: Metrics,
+        keep_seconds: float,
+        prune_logs: Callable[[float], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._flow = flow
+        self._decider = decider
+        self._hypervisor = hypervisor
+        self._host = host
+        self._limits = limits
+        self._metrics = metrics
+        self._keep = keep_seconds
+        self._prune_logs = prune_logs
+        self._clock = clock
+        self._woken = asyncio.Event()
+        self._observed: deque[JobEvent] = deque(maxlen=_OBSERVED_BOUND)
+        self._brakes: dict[str, demand.Brake] = {}
+        self._lives: dict[str, Live] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._reaper = Reaper(hypervisor, service=host.name)
+        self._orphans: set[str] = set()
+        self._looked_again = 0.0
+        self._forgot = 0.0
+        self._again = False
+
+    # ── from outside ─────────────────────────────────────────────────────────────────────────────
+
+    def wake(self) -> None:
+        """Something was committed that a pass should see; costs nothing when a pass is due anyway."""
+        self._woken.set()
+
+    def observe(self, event: JobEvent) -> None:
+        """The forge was asked and said this about a job; worked like an event, in the next pass."""
+        self._observed.append(event)
+        self.wake()
+
+    async def kill(self, vm_id: str) -> None:
+        """Operator's order: end this VM. Its runner, if any, is retired; raises UnknownVm when there is no such VM."""
+        async with self._store.write() as db:
+            runner_id = await q.kill_runner_of_vm(db, vm_id, self._clock())
+        if runner_id is not None and runner_id in self._lives:
+            self._lives[runner_id].wake()
+            return
+        await self._hypervisor.destroy(vm_id)
+
+    @property
+    def vms(self) -> int:
+        """VMs that runners of this process hold now."""
+        return sum(live.vm is not None for live in self._lives.values())
+
+    @property
+    def room(self) -> int:
+        """VMs this host could still take."""
+        return max(0, self._host.max_vms - len(self._tasks))
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def start(self) -> None:
+        """Say that this host is here, adopt what runs, and go on with every runner of ours."""
+        async with self._store.write() as db:
+            await q.save_host(db, self._host, self._clock())
+            mine = await q.renew_leases(db, self._host.name, self._clock(), self._clock() + _LEASE)
+            jobs = await q.jobs_by_id(db, {r.serving_job_id or r.job_id or "" for r in mine})
+        adopted = {vm.record.metadata.get("runner_id", vm.id): vm for vm in await self._hypervisor.adopt()}
+        for runner in mine:
+            job = jobs.get(runner.serving_job_id or runner.job_id or "")
+            live = self._lives[runner.id] = Live(runner.id, f"{job.owner}/{job.repo}" if job else "")
+            await self._take_up(runner, live, adopted.get(runner.id))
+        self._orphans = {vm.id for vm in adopted.values()} - {
+            live.vm.id for live in self._lives.values() if live.vm is not None
+        }
+        log.info("recovered", runners=len(mine), adopted=len(adopted))
+        for runner in mine:
+            self._drive_soon(runner)
+
+    async def _take_up(self, runner: Runner, live: Live, vm: RunnerVm | None) -> None:
+        """Match a row with the VM it had. What is missing is said as a fact; the handlers do the rest."""
+        if vm is not None:
+            live.take_vm(vm)
+            live.changes["vm_id"] = vm.id
+            live.note(runner, self._clock(), "adopted", f"VM {vm.id} after a restart of the service")
+        if runner.state in ("registering", "idle", "busy"):
+            if vm is None:
+                live.lose("the VM did not survive the restart of the service")
+            elif not await self._attached(runner, live):
+                live.lose("the runner process is not there any more", "runner_lost")
+
+    async def _attached(self, runner: Runner, live: Live) -> bool:
+        try:
+            return await self._flow.attach(runner, live)
+        except VmmError as error:
+            log.warning("attach_failed", runner=runner.id, error=str(error))
+            return False
+
+    async def run(self) -> None:
+        """Pass after pass until cancelled. Call ``start`` first."""
+        while True:
+            self._woken.clear()
+            try:
+                await self._pass()
+                await self._housekeeping()
+            except Exception as error:
+                log.exception("pass_failed", error=str(error))
+                self._metrics.reasons.labels("pass_failed").inc()
+                await asyncio.sleep(1.0)
+                continue
+            if not self._again:
+                await self._rest()
+
+    async def stop(self) -> None:
+        """End all tasks; VMs and registrations stay as they are, the rows tell how to go on."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(live.stop() for live in self._lives.values()))
+
+    async def _rest(self) -> None:
+        now = self._clock()
+        due = min(
+            [_TICK, *(max(0.05, brake.until - now) for brake in self._brakes.values() if brake.until > now)]
+        )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(due):
+                await self._woken.wait()
+
+    # ── deciding ─────────────────────────────────────────────────────────────────────────────────
+
+    async def _pass(self) -> None:
+        started = time.perf_counter()
+        look_again = self._clock() - self._looked_again >= _LOOK_AGAIN
+        taken: list[JobEvent] = []
+
+        def observed() -> list[JobEvent]:
+            taken.extend(self._observed)
+            self._observed.clear()
+            return taken
+
+        try:
+            async with self._store.write() as db:
+                decision = await self._decider.decide(
+                    db, observed=observed, brakes=self._brakes, look_again=look_again
+                )
+        except BaseException:
+            self._observed.extendleft(reversed(taken))
+            raise
+        if look_again:
+            self._looked_again = self._clock()
+        for runner in decision.started:
+            if runner.host == self._host.name:
+                self._lives[runner.id] = Live(runner.id, decision.repositories.get(runner.id, ""))
+                self._drive_soon(runner)
+        for runner_id in decision.touched:
+            if runner_id in self._lives:
+                self._lives[runner_id].wake()
+        self._again = decision.more
+        self._count(decision, time.perf_counter() - started)
+
+    def _count(self, decision: Decision, seconds: float) -> None:
+        self._metrics.passes.observe(seconds)
+        for outcome, count in decision.outcomes.items():
+            self._metrics.events.labels(outcome).inc(count)
+        for state, count in decision.entered.items():
+            self._metrics.jobs.labels(state).inc(count)
+        for reason in decision.reasons:
+            self._metrics.reasons.labels(reason).inc()
+        self._metrics.vms.set(self.vms)
+        self._metrics.room.set(self.room)
+
+    async def _housekeeping(self) -> None:
+        """Every tick: leases, this host's sign of life, the reaper; every hour: forget what is old."""
+        now = self._clock()
+        if now - self._reaper.last_pass < _TICK:
+            return
+        async with self._store.write() as db:
+            await q.save_host(db, self._host, now)
+            mine = await q.renew_leases(db, self._host.name, now, now + _LEASE)
+            if now - self._forgot >= _FORGET_EVERY:
+                self._forgot = now
+                await q.forget(db, now - self._keep)
+                await asyncio.to_thread(self._prune_logs, now - self._keep)
+        for runner in mine:
+            # A lease that ran out elsewhere, or a task that ended by a bug: nobody else goes on with it.
+            current = await self._reread(runner) if runner.id not in self._tasks else None
+            if current is not None and runner.id not in self._tasks:
+                self._lives[runner.id] = Live(runner.id)
+                self._drive_soon(current)
+        self._brakes = {g: b for g, b in self._brakes.items() if b.until > now - 600.0}
+        # VMs of programs that died meanwhile come to us: nobody else would end them.
+        self._orphans |= {vm.id for vm in await self._hypervisor.adopt()}
+        await self._reaper.sweep({runner.id for runner in mine} | set(self._lives), self._orphans, now)
+        self._metrics.rss.set(resident_bytes())
+
+    # ── driving one runner ───────────────────────────────────────────────────────────────────────
+
+    def _drive_soon(self, runner: Runner) -> None:
+        task = asyncio.create_task(self._drive(runner), name=f"runner-{runner.id}")
+        self._tasks[runner.id] = task
+        task.add_done_callback(lambda _: self._driven(runner.id))
+
+    def _driven(self, runner_id: str) -> None:
+        self._tasks.pop(runner_id, None)
+        self._lives.pop(runner_id, None)
+        self.wake()
+
+    async def _drive(self, runner: Runner) -> None:
+        live = self._lives[runner.id]
+        current: Runner | None = runner
+        while current is not None:
+            answer = await self._step(current, live)
+            if isinstance(answer, Done):
+                return
+            current = await self._persist_surely(current, live, answer)
+            if isinstance(answer, Wait) and current is not None:
+                await live.woken(answer.until)
+                current = await self._reread(current)
+        # Another service holds the row now, or it is gone: nothing here is ours any more.
+        log.warning("lease_lost", runner=runner.id)
+        await live.stop()
+
+    async def _step(self, runner: Runner, live: Live) -> Answer:
+        """A step that answers always: an unexpected error is a reason to retire, or to try the retiring again."""
+        try:
+            if runner.state != "retiring":
+                return await self._flow.step(runner, live)
+            async with asyncio.timeout(_RETIRE_STEP_LIMIT):
+                return await self._flow.step(runner, live)
+        except Exception as error:
+            log.exception("step_failed", runner=runner.id, state=runner.state)
+            self._metrics.reasons.labels("internal_error").inc()
+            now = self._clock()
+            what = f"{type(error).__name__}: {error}"[:500]
+            if live.said != what:
+                live.said = what
+                live.note(runner, now, "internal error", what)
+            if runner.state == "retiring":
+                return Wait(now + _ERROR_PAUSE, "another try")
+            return Goto("retiring", f"internal error: {what}", "internal_error")
+
+    async def _persist_surely(self, runner: Runner, live: Live, answer: Goto | Wait) -> Runner | None:
+        """Persist, and when the database fails, keep trying: what was done must be written before going on."""
+        while True:
+            try:
+                return await self._persist(runner, live, answer)
+            except Exception as error:
+                log.exception("persist_failed", runner=runner.id, error=str(error))
+                await asyncio.sleep(1.0)
+
+    async def _persist(self, runner: Runner, live: Live, answer: Goto | Wait) -> Runner | None:
+        """One commit: the transition or the wait, what the step changed, and its timeline rows."""
+        now = self._clock()
+        values = dict(live.changes)
+        lines = list(live.lines)
+        if isinstance(answer, Goto):
+            values |= self._entering(runner, answer, now)
+            entered = msgspec.structs.replace(runner, **values)
+            lines.append(timeline(entered, now, answer.state, answer.reason))
+        else:
+            if answer.for_ != runner.waits_for:
+                values["waits_for"] = answer.for_
+                lines.append(timeline(runner, now, "waiting", "", answer.for_))
+            if not values and not lines:
+                return runner
+        if not values:
+            values["waits_for"] = runner.waits_for
+        async with self._store.write() as db:
+            after = await q.step_runner(db, runner.id, was=runner.state, owner=self._host.name, values=values)
+            if after is not None:
+                await q.add_timeline(db, lines)
+        live.changes = {}
+        live.lines = []
+        if isinstance(answer, Goto) and after is not None:
+            self._entered(runner, live, answer, now)
+        return after
+
+    def _entering(self, runner: Runner, answer: Goto, now: float) -> dict[str, object]:
+        values: dict[str, object] = {
+            "state": answer.state,
+            "state_at": now,
+            "deadline": now + self._limits.by_state[answer.state],
+            "waits_for": None,
+        }
+        if answer.state == "retiring":
+            values |= {"code": answer.code, "reason": answer.reason[:2000]}
+        if answer.state == "gone":
+            values |= {"ended_at": now, "lease_owner": self._host.name}
+        return values
+
+    def _entered(self, runner: Runner, live: Live, answer: Goto, now: float) -> None:
+        """Count the transition; hold back or release the group; let others see the room or the need."""
+        self._metrics.state_seconds.labels(runner.state).observe(max(0.0, now - runner.state_at))
+        self._metrics.steps.labels(answer.state).observe(max(0.0, now - runner.event_at))
+        log.info(
+            "runner", runner=runner.id, state=answer.state, reason=answer.reason[:300], job=runner.job_id
+        )
+        if answer.state in ("idle", "busy"):
+            self._brakes.pop(runner.group_key, None)
+        elif answer.state == "retiring":
+            self._metrics.reasons.labels(answer.code).inc()
+            if runner.serving_job_id is None and answer.code not in BENIGN:
+                failures = self._brakes[runner.group_key].failures if runner.group_key in self._brakes else 0
+                self._brakes[runner.group_key] = demand.brake(
+                    failures + 1, now, f"{answer.code}: {answer.reason[:300]}", retry_at=live.retry_at
+                )
+            self.wake()
+
+    async def _reread(self, runner: Runner) -> Runner | None:
+        """The row with the facts of now; None when it is not ours any more."""
+        async with self._store.read() as db:
+            found = await q.runner(db, runner.id)
+        if found is None or found.lease_owner != self._host.name or found.state == "gone":
+            return None
+        return found
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -1,0 +1,310 @@
+"""Settings: one TOML file and MICROVM_* variables, typed; every error names the source, the key and what is allowed.
+
+    MICROVM_CONFIG=FILE           the file (else --config, ./microvm.toml, /etc/microvm/microvm.toml)
+    MICROVM_<SECTION>_<KEY>=…     overrides one key; lists are separated by commas
+    MICROVM_DATA_DIR=DIR          the same as MICROVM_SERVICE_DATA_DIR
+
+Secrets are never values here: a setting names the file or the environment variable that holds one.
+"""
+
+import difflib
+import os
+import re
+import socket
+import stat
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+
+DEFAULT_FILES = (Path("microvm.toml"), Path("/etc/microvm/microvm.toml"))
+_PREFIX = "MICROVM_"
+# Variables of that prefix that are no settings of the service.
+_OTHERS = {"MICROVM_CONFIG", "MICROVM_DATA_DIR", "MICROVM_API"}
+
+
+class SettingsError(Exception):
+    """A setting is unknown, ill-typed or impossible; the message names where it stands and what is allowed."""
+
+    code = "bad_settings"
+
+
+class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The process. ``name`` identifies this host in leases; it must differ between hosts on one database."""
+
+    name: str = ""
+    listen: str = "127.0.0.1:8470"
+    data_dir: str = "/var/lib/microvm"
+    database_url: str = ""
+    database_url_env: str = ""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    keep_days: float = 14.0
+
+
+class GitHubSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One GitHub: an App (``app_id`` + ``private_key_file``) or a personal token, and whose jobs are served.
+
+    ``repositories`` are patterns such as ``owner/*``; empty means every repository that sends signed events.
+    """
+
+    base_url: str = "https://api.github.com"
+    app_id: str = ""
+    private_key_file: str = ""
+    private_key_env: str = ""
+    token_file: str = ""
+    token_env: str = ""
+    webhook_secret_files: tuple[str, ...] = ()
+    webhook_secret_env: str = ""
+    repositories: tuple[str, ...] = ()
+    register_at: Literal["repository", "organization"] = "repository"
+    runner_group_id: int = 1
+    timeout_s: float = 10.0
+
+
+class Egress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An endpoint every runner may open, instead of its template's list; ``via`` is where it really is."""
+
+    host: str
+    port: int
+    via: str = ""
+
+
+class Runners(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Capacity and deadlines. Seconds and MiB. ``memory_mib`` 0 means 80 % of what the host has available at start."""
+
+    default_template: str = "github-runner"
+    max_vms: int = 8
+    memory_mib: int = 0
+    extra_labels: tuple[str, ...] = ()
+    egress: tuple[Egress, ...] | None = None
+    name_prefix: str = "microvm"
+    log_limit_mib: int = 64
+    wanted_limit_s: float = 86400.0
+    fork_limit_s: float = 60.0
+    online_limit_s: float = 180.0
+    idle_limit_s: float = 300.0
+    job_limit_s: float = 21600.0
+    exit_grace_s: float = 20.0
+    retire_limit_s: float = 300.0
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All sections. ``github`` is absent until configured: the service then serves its API only."""
+
+    service: Service = Service()
+    github: GitHubSettings | None = None
+    runners: Runners = Runners()
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.service.data_dir)
+
+    @property
+    def listen(self) -> tuple[str, int]:
+        host, _, port = self.service.listen.rpartition(":")
+        return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings from ``file`` (or the first default that exists) and the environment.
+
+    Raises SettingsError.
+    """
+    env = os.environ if environ is None else environ
+    source = _source(file, env)
+    tree = _read(source) if source is not None else {}
+    origin = str(source) if source is not None else "the defaults"
+    _check_keys(tree, origin)
+    _apply_environment(tree, env)
+    try:
+        settings = msgspec.convert(tree, Settings, strict=True)
+    except msgspec.ValidationError as error:
+        raise SettingsError(_explain(error, tree, origin)) from error
+    _check_values(settings, origin)
+    name = settings.service.name or socket.gethostname()
+    return msgspec.structs.replace(settings, service=msgspec.structs.replace(settings.service, name=name))
+
+
+def read_secret(
+    *, file: str, variable: str, what: str, environ: Mapping[str, str] | None = None
+) -> str | None:
+    """The secret in ``file`` or in the environment variable ``variable``; None when neither is named.
+
+    Raises SettingsError when the file is missing, empty, or readable by other users.
+    """
+    if file:
+        return _secret_file(Path(file), what)
+    if variable:
+        value = (os.environ if environ is None else environ).get(variable, "").strip()
+        if not value:
+            raise SettingsError(f"{what}: the environment variable {variable} is not set or empty")
+        return value
+    return None
+
+
+def webhook_secrets(settings: GitHubSettings, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """All secrets that may sign a delivery, newest first; several while one is being rotated."""
+    found = [
+        _secret_file(Path(file), "github.webhook_secret_files") for file in settings.webhook_secret_files
+    ]
+    more = read_secret(
+        file="", variable=settings.webhook_secret_env, what="github.webhook_secret_env", environ=environ
+    )
+    return tuple(found if more is None else [*found, more])
+
+
+def _source(file: Path | None, env: Mapping[str, str]) -> Path | None:
+    if file is None and env.get("MICROVM_CONFIG"):
+        file = Path(env["MICROVM_CONFIG"])
+    if file is not None:
+        return file
+    return next((path for path in DEFAULT_FILES if path.is_file()), None)
+
+
+def _read(source: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(source.read_text())
+    except FileNotFoundError:
+        raise SettingsError(
+            f"there is no settings file {source}: give another with --config or MICROVM_CONFIG"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read {source}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{source}: not valid TOML: {error}") from error
+
+
+def _sections() -> dict[str, type[msgspec.Struct]]:
+    return {"service": Service, "github": GitHubSettings, "runners": Runners}
+
+
+def _check_keys(tree: Mapping[str, Any], origin: str) -> None:
+    sections = _sections()
+    for section, table in tree.items():
+        if section not in sections:
+            raise SettingsError(f"{origin}: unknown section [{section}]{_nearest(section, sections)}")
+        if not isinstance(table, dict):
+            raise SettingsError(f"{origin}: [{section}] must be a table of keys")
+        for key in table:  # pyright: ignore[reportUnknownVariableType]
+            _check_key(str(key), sections[section], f"{origin}: [{section}]")  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _check_key(key: str, kind: type[msgspec.Struct], where: str) -> None:
+    if key not in kind.__struct_fields__:
+        raise SettingsError(f"{where}: unknown key '{key}'{_nearest(key, kind.__struct_fields__)}")
+
+
+def _nearest(word: str, allowed: Any) -> str:
+    names = sorted(allowed)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f", did you mean '{close[0]}'?" if close else f"; allowed: {', '.join(names)}"
+
+
+def _apply_environment(tree: dict[str, Any], env: Mapping[str, str]) -> None:
+    if env.get("MICROVM_DATA_DIR"):
+        tree.setdefault("service", {})["data_dir"] = env["MICROVM_DATA_DIR"]
+    for name in sorted(env):
+        if not name.startswith(_PREFIX) or name in _OTHERS:
+            continue
+        section, _, key = name.removeprefix(_PREFIX).lower().partition("_")
+        kind = _sections().get(section)
+        if kind is None:
+            # Other programs may use the prefix too: only variables that name a section of ours are settings.
+            continue
+        _check_key(key, kind, f"environment variable {name}")
+        tree.setdefault(section, {})[key] = _parse(env[name], kind, key, name)
+
+
+def _parse(text: str, kind: type[msgspec.Struct], key: str, name: str) -> Any:
+    wanted = next(field.type for field in msgspec.structs.fields(kind) if field.name == key)
+    if wanted == tuple[str, ...]:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        if get_origin(wanted) is Literal or wanted is str:
+            return msgspec.convert(text, wanted)
+        if key == "egress":
+            return msgspec.json.decode(text)
+        return msgspec.convert(text, wanted, strict=False)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise SettingsError(f"environment variable {name}: {error}{_choices(wanted)}") from error
+
+
+def _explain(error: msgspec.ValidationError, tree: Mapping[str, Any], origin: str) -> str:
+    text, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    section, _, key = path.partition(".")
+    kind = _sections().get(section)
+    if kind is None or not key:
+        return f"{origin}: {path or 'the file'}: {text}"
+    first = re.split(r"[.\[]", key)[0]
+    wanted = next((field.type for field in msgspec.structs.fields(kind) if field.name == first), None)
+    given = tree.get(section, {}).get(first)
+    shown = "" if given is None else f" (given: {given!r})"
+    return f"{origin}: [{section}] {key}: {text}{_choices(wanted)}{shown}"
+
+
+def _choices(wanted: Any) -> str:
+    if get_origin(wanted) is Literal:
+        return f"; allowed: {', '.join(map(str, get_args(wanted)))}"
+    return ""
+
+
+def _check_values(settings: Settings, origin: str) -> None:
+    service, runners, github = settings.service, settings.runners, settings.github
+    port = service.listen.rpartition(":")[2]
+    if not port.isdecimal() or int(port) > 65535:
+        raise SettingsError(
+            f"{origin}: [service] listen: '{service.listen}' is not ADDRESS:PORT, such as 127.0.0.1:8470"
+        )
+    if service.database_url and re.search(r"://[^/@]*:[^/@]+@", service.database_url):
+        raise SettingsError(
+            f"{origin}: [service] database_url holds a password: put the whole URL into an environment variable "
+            "and name that in database_url_env"
+        )
+    for key in runners.__struct_fields__:
+        value = getattr(runners, key)
+        if isinstance(value, int | float) and value < (0 if key == "memory_mib" else 1):
+            raise SettingsError(f"{origin}: [runners] {key}: must be at least 1, not {value}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", runners.name_prefix):
+        raise SettingsError(
+            f"{origin}: [runners] name_prefix: lower-case letters, digits and '-', at most 32"
+        )
+    if github is not None:
+        _check_github(github, origin)
+
+
+def _check_github(github: GitHubSettings, origin: str) -> None:
+    where = f"{origin}: [github]"
+    if not github.base_url.startswith(("https://", "http://")):
+        raise SettingsError(f"{where} base_url: must start with https://, not '{github.base_url}'")
+    key = github.private_key_file or github.private_key_env
+    token = github.token_file or github.token_env
+    if bool(github.app_id) != bool(key):
+        raise SettingsError(f"{where}: app_id and private_key_file (or private_key_env) belong together")
+    if bool(token) == bool(key):
+        raise SettingsError(
+            f"{where}: give either an App (app_id, private_key_file) or a token (token_file, token_env)"
+        )
+    for pattern in github.repositories:
+        if not re.fullmatch(r"[^/\s]+/[^/\s]+", pattern):
+            raise SettingsError(f"{where} repositories: '{pattern}' is not owner/repository or owner/*")
+
+
+def _secret_file(path: Path, what: str) -> str:
+    try:
+        mode = path.stat().st_mode
+        text = path.read_text().strip()
+    except OSError as error:
+        raise SettingsError(f"{what}: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise SettingsError(f"{what}: {path} is not text") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise SettingsError(
+            f"{what}: {path} may be read by other users (mode {stat.S_IMODE(mode):04o}): chmod 600 it"
+        )
+    if not text:
+        raise SettingsError(f"{what}: {path} is empty")
+    return text

@@ -1,0 +1,371 @@
+"""Every query of the control plane, by name. Plain functions on a connection; SQLite and PostgreSQL alike."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from runner_service.domain import Host, Job, Runner, TimelineRow
+from runner_service.store.schema import hosts, inbox, jobs, locks, runners, timeline
+
+T = TypeVar("T", bound=msgspec.Struct)
+_CHUNK = 500
+
+
+class InboxRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A stored delivery, in the order it came in."""
+
+    seq: int
+    id: str
+    forge: str
+    event: str
+    action: str | None
+    received_at: float
+    payload: bytes
+
+
+def _columns(table: sa.Table, kind: type[msgspec.Struct]) -> tuple[sa.Column[Any], ...]:
+    """The columns of ``table`` that ``kind`` holds, in the order of its fields: what ``_as`` expects."""
+    return tuple(table.c[name] for name in kind.__struct_fields__ if name in table.c)
+
+
+_JOB = _columns(jobs, Job)
+_RUNNER = _columns(runners, Runner)
+_DELIVERY = _columns(inbox, InboxRow)
+_LINE = _columns(timeline, TimelineRow)
+
+
+# ── the scheduler's mutual exclusion ─────────────────────────────────────────────────────────────
+
+
+async def lock_scheduler(db: AsyncConnection, owner: str, until: float) -> None:
+    """First statement of every deciding transaction: whoever touches this row decides alone until commit."""
+    await db.execute(
+        sa.update(locks).where(locks.c.name == "scheduler").values(lease_owner=owner, lease_until=until)
+    )
+
+
+# ── inbox ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def put_delivery(db: AsyncConnection, row: Mapping[str, Any]) -> Literal["stored", "known", "done"]:
+    """Store a delivery once. ``known``: stored before, not processed yet; ``done``: processed before."""
+    insert = _insert(db, inbox).on_conflict_do_nothing(index_elements=["forge", "id"])
+    if (await db.execute(insert, dict(row))).rowcount == 1:
+        return "stored"
+    processed = await db.scalar(
+        sa.select(inbox.c.processed_at).where(inbox.c.forge == row["forge"], inbox.c.id == row["id"])
+    )
+    return "known" if processed is None else "done"
+
+
+async def pending_deliveries(db: AsyncConnection, limit: int) -> list[InboxRow]:
+    """The oldest unprocessed deliveries, in order."""
+    query = sa.select(*_DELIVERY).where(inbox.c.processed_at.is_(None)).order_by(inbox.c.seq).limit(limit)
+    return [_as(row, InboxRow) for row in await db.execute(query)]
+
+
+async def close_deliveries(db: AsyncConnection, outcomes: Mapping[int, str], now: float) -> None:
+    """Mark deliveries (by seq) as processed, and drop their payloads: only the GUID is needed from now on."""
+    if outcomes:
+        update = (
+            sa.update(inbox)
+            .where(inbox.c.seq == sa.bindparam("row"))
+            .values(processed_at=now, payload=b"", outcome=sa.bindparam("what"))
+        )
+        await db.execute(update, [{"row": seq, "what": outcome} for seq, outcome in outcomes.items()])
+
+
+# ── jobs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def jobs_by_id(db: AsyncConnection, ids: Collection[str]) -> dict[str, Job]:
+    found: dict[str, Job] = {}
+    for chunk in _chunks(list(ids)):
+        for row in await db.execute(sa.select(*_JOB).where(jobs.c.id.in_(chunk))):
+            found[row.id] = _as(row, Job)
+    return found
+
+
+async def find_job(db: AsyncConnection, ref: str) -> Job | None:
+    """A job by our id, or by the forge's own id when only one forge has it."""
+    rows = (
+        await db.execute(
+            sa.select(*_JOB).where(sa.or_(jobs.c.id == ref, jobs.c.forge_job_id == ref)).limit(2)
+        )
+    ).all()
+    exact = [row for row in rows if row.id == ref]
+    if exact or len(rows) == 1:
+        return _as((exact or rows)[0], Job)
+    return None
+
+
+async def list_jobs(db: AsyncConnection, *, limit: int, state: str | None = None) -> list[Job]:
+    """The newest jobs, newest first."""
+    query = sa.select(*_JOB).order_by(jobs.c.updated_at.desc(), jobs.c.id).limit(limit)
+    if state is not None:
+        query = query.where(jobs.c.state == state)
+    return [_as(row, Job) for row in await db.execute(query)]
+
+
+async def save_jobs(db: AsyncConnection, changed: Sequence[Job]) -> None:
+    """Insert or replace these jobs."""
+    if not changed:
+        return
+    insert = _insert(db, jobs)
+    columns = {c.name: insert.excluded[c.name] for c in jobs.columns if c.name != "id"}
+    await db.execute(
+        insert.on_conflict_do_update(index_elements=["id"], set_=columns), [_row(job) for job in changed]
+    )
+
+
+async def queued_counts(db: AsyncConnection) -> dict[str, int]:
+    """Queued jobs per group; jobs that no template serves have no group and are not counted."""
+    query = (
+        sa.select(jobs.c.group_key, sa.func.count())
+        .where(jobs.c.state == "queued", jobs.c.group_key.is_not(None))
+        .group_by(jobs.c.group_key)
+    )
+    return {row[0]: row[1] for row in await db.execute(query)}
+
+
+async def queued_jobs(db: AsyncConnection, group: str, limit: int) -> list[Job]:
+    """The oldest queued jobs of a group."""
+    query = (
+        sa.select(*_JOB)
+        .where(jobs.c.state == "queued", jobs.c.group_key == group)
+        .order_by(jobs.c.event_at, jobs.c.id)
+        .limit(limit)
+    )
+    return [_as(row, Job) for row in await db.execute(query)]
+
+
+async def unserved_jobs(db: AsyncConnection, limit: int) -> list[Job]:
+    """Queued jobs of ours that no template served when they were last looked at."""
+    query = (
+        sa.select(*_JOB)
+        .where(jobs.c.state == "queued", jobs.c.group_key.is_(None))
+        .order_by(jobs.c.event_at)
+        .limit(limit)
+    )
+    return [_as(row, Job) for row in await db.execute(query)]
+
+
+async def set_jobs_waiting(db: AsyncConnection, ids: Sequence[str], waits_for: str | None) -> None:
+    """Say what these jobs wait for."""
+    for chunk in _chunks(ids):
+        await db.execute(sa.update(jobs).where(jobs.c.id.in_(chunk)).values(waits_for=waits_for))
+
+
+# ── runners ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def active_runners(db: AsyncConnection) -> list[Runner]:
+    """Every runner that is not gone, oldest first."""
+    query = sa.select(*_RUNNER).where(runners.c.state != "gone").order_by(runners.c.created_at, runners.c.id)
+    return [_as(row, Runner) for row in await db.execute(query)]
+
+
+async def runner(db: AsyncConnection, runner_id: str) -> Runner | None:
+    row = (await db.execute(sa.select(*_RUNNER).where(runners.c.id == runner_id))).one_or_none()
+    return None if row is None else _as(row, Runner)
+
+
+async def runners_of_job(db: AsyncConnection, job_id: str) -> list[Runner]:
+    """The runners made for a job or serving it, newest first."""
+    query = (
+        sa.select(*_RUNNER)
+        .where(sa.or_(runners.c.job_id == job_id, runners.c.serving_job_id == job_id))
+        .order_by(runners.c.created_at.desc())
+    )
+    return [_as(row, Runner) for row in await db.execute(query)]
+
+
+async def runners_of_jobs(db: AsyncConnection, job_ids: Sequence[str]) -> dict[str, list[Runner]]:
+    """For each of these jobs the runners made for it or serving it, newest first."""
+    found: dict[str, list[Runner]] = {}
+    for chunk in _chunks(job_ids):
+        query = (
+            sa.select(*_RUNNER)
+            .where(sa.or_(runners.c.job_id.in_(chunk), runners.c.serving_job_id.in_(chunk)))
+            .order_by(runners.c.created_at.desc())
+        )
+        for row in await db.execute(query):
+            one = _as(row, Runner)
+            for job_id in {one.job_id, one.serving_job_id} - {None}:
+                found.setdefault(str(job_id), []).append(one)
+    return found
+
+
+async def runner_counts(db: AsyncConnection) -> dict[str, int]:
+    """Runners that are not gone, by state."""
+    query = (
+        sa.select(runners.c.state, sa.func.count()).where(runners.c.state != "gone").group_by(runners.c.state)
+    )
+    return {row[0]: row[1] for row in await db.execute(query)}
+
+
+async def add_runners(db: AsyncConnection, new: Sequence[Runner]) -> None:
+    if new:
+        await db.execute(sa.insert(runners), [_row(one) for one in new])
+
+
+async def set_runner_facts(db: AsyncConnection, runner_id: str, **facts: Any) -> None:
+    """Write facts (never the state) on a runner that is not gone."""
+    await db.execute(
+        sa.update(runners).where(runners.c.id == runner_id, runners.c.state != "gone").values(**facts)
+    )
+
+
+async def step_runner(
+    db: AsyncConnection, runner_id: str, *, was: str, owner: str, values: Mapping[str, Any]
+) -> Runner | None:
+    """Persist a step, if the row still is in state ``was`` and leased to ``owner``; else None.
+
+    The answer is the whole row, with the facts others wrote meanwhile.
+    """
+    update = (
+        sa.update(runners)
+        .where(runners.c.id == runner_id, runners.c.state == was, runners.c.lease_owner == owner)
+        .values(**values)
+        .returning(*_RUNNER)
+    )
+    row = (await db.execute(update)).one_or_none()
+    return None if row is None else _as(row, Runner)
+
+
+async def kill_runner_of_vm(db: AsyncConnection, vm_id: str, now: float) -> str | None:
+    """Note that an operator wants this VM gone; the id of its runner, or None when no runner owns it."""
+    update = (
+        sa.update(runners)
+        .where(runners.c.vm_id == vm_id, runners.c.state != "gone")
+        .values(killed_at=now)
+        .returning(runners.c.id)
+    )
+    return (await db.execute(update)).scalar_one_or_none()
+
+
+async def renew_leases(db: AsyncConnection, owner: str, now: float, until: float) -> list[Runner]:
+    """Extend our leases and take over those that ran out on our host; the runners we hold now."""
+    free = sa.or_(
+        runners.c.lease_owner == owner,
+        sa.and_(
+            runners.c.host == owner, sa.or_(runners.c.lease_until.is_(None), runners.c.lease_until < now)
+        ),
+    )
+    update = (
+        sa.update(runners)
+        .where(runners.c.state != "gone", runners.c.host.is_not(None), free)
+        .values(lease_owner=owner, lease_until=until)
+        .returning(*_RUNNER)
+    )
+    return [_as(row, Runner) for row in await db.execute(update)]
+
+
+# ── timeline, hosts, housekeeping ────────────────────────────────────────────────────────────────
+
+
+async def add_timeline(db: AsyncConnection, rows: Sequence[TimelineRow]) -> None:
+    if rows:
+        await db.execute(sa.insert(timeline), [msgspec.structs.asdict(row) for row in rows])
+
+
+async def timeline_of_job(db: AsyncConnection, job_id: str, limit: int = 500) -> list[TimelineRow]:
+    """The story of a job with that of the runners that were its own at the time, in order."""
+    query = (
+        sa.select(*_LINE)
+        .where(timeline.c.job_id == job_id)
+        .order_by(timeline.c.at, timeline.c.seq)
+        .limit(limit)
+    )
+    return [_as(row, TimelineRow) for row in await db.execute(query)]
+
+
+async def save_host(db: AsyncConnection, host: Host, now: float) -> None:
+    values = {
+        "name": host.name, "max_vms": host.max_vms, "memory_mib": host.memory_mib,
+        "draining": host.draining, "seen_at": now,
+    }  # fmt: skip
+    insert = _insert(db, hosts).values(**values)
+    await db.execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
+
+
+async def live_hosts(db: AsyncConnection, seen_since: float) -> list[Host]:
+    """Hosts heard of since ``seen_since``, without what is promised on them."""
+    query = sa.select(hosts).where(hosts.c.seen_at >= seen_since).order_by(hosts.c.name)
+    return [
+        Host(row.name, row.max_vms, row.memory_mib, draining=row.draining) for row in await db.execute(query)
+    ]
+
+
+async def forget(db: AsyncConnection, before: float) -> None:
+    """Drop what ended before ``before``: processed deliveries, finished jobs, gone runners, their timeline."""
+    await db.execute(sa.delete(inbox).where(inbox.c.processed_at < before))
+    await db.execute(sa.delete(jobs).where(jobs.c.updated_at < before, jobs.c.state == "completed"))
+    await db.execute(sa.delete(runners).where(runners.c.state == "gone", runners.c.ended_at < before))
+    await db.execute(sa.delete(timeline).where(timeline.c.at < before))
+
+
+async def warm_up(db: AsyncConnection) -> None:
+    """Run the statements on the way from an event to a runner once; the caller rolls back."""
+    name = "warm-up"
+    row = {
+        "id": name,
+        "forge": name,
+        "event": "",
+        "action": None,
+        "hook_id": None,
+        "received_at": 0.0,
+        "payload": b"",
+    }
+    await put_delivery(db, row)
+    await lock_scheduler(db, name, 0.0)
+    await close_deliveries(db, {one.seq: name for one in await pending_deliveries(db, 1)}, 0.0)
+    job = Job(
+        id=name, forge=name, forge_job_id=name, owner="", repo="", scope_kind="repository", scope_path="",
+        labels=(name,), state="queued", event_at=0.0, updated_at=0.0, group_key=name,
+    )  # fmt: skip
+    await save_jobs(db, [job])
+    await jobs_by_id(db, [name])
+    await queued_counts(db)
+    await queued_jobs(db, name, 1)
+    one = Runner(
+        id=name, forge=name, scope_kind="repository", scope_path="", labels=(name,), group_key=name, template="",
+        memory_mib=0, state="forking", state_at=0.0, deadline=0.0, created_at=0.0, event_at=0.0, lease_owner=name,
+    )  # fmt: skip
+    await add_runners(db, [one])
+    await active_runners(db)
+    await live_hosts(db, 0.0)
+    await runner(db, name)
+    values = {
+        "state": "registering",
+        "state_at": 0.0,
+        "deadline": 0.0,
+        "waits_for": None,
+        "vm_id": "",
+        "remote_id": "",
+    }
+    await step_runner(db, name, was="forking", owner=name, values=values)
+    await add_timeline(db, [TimelineRow(at=0.0, job_id=None, runner_id=name, step=name)])
+
+
+def _insert(db: AsyncConnection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    """The dialect's INSERT with ON CONFLICT, which both databases spell alike."""
+    return postgresql.insert(table) if db.dialect.name == "postgresql" else sqlite.insert(table)
+
+
+def _row(value: msgspec.Struct) -> dict[str, Any]:
+    fields = msgspec.structs.asdict(value)
+    fields["labels"] = list(fields["labels"])
+    return fields
+
+
+def _as(row: Any, kind: type[T]) -> T:
+    return msgspec.convert(dict(zip(kind.__struct_fields__, row, strict=False)), kind, strict=False)
+
+
+def _chunks(values: Sequence[str]) -> list[Sequence[str]]:
+    return [values[i : i + _CHUNK] for i in range(0, len(values), _CHUNK)]

@@ -1,0 +1,138 @@
+"""The tables of the control plane. SQLite by default; every column and query also holds on PostgreSQL.
+
+Times are Unix seconds. Columns named lease_* make a row exclusively one service's until ``lease_until``.
+There are no foreign keys on purpose: old rows of each table are forgotten by age, each at its own pace.
+"""
+
+import sqlalchemy as sa
+
+HEAD = "0001"
+"""The migration these tables correspond to; a test holds it equal to alembic's head."""
+
+metadata = sa.MetaData()
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("forge", sa.Text, nullable=False),
+    sa.Column("forge_job_id", sa.Text, nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("repo", sa.Text, nullable=False),
+    sa.Column("scope_kind", sa.Text, nullable=False),
+    sa.Column("scope_path", sa.Text, nullable=False),
+    sa.Column("labels", sa.JSON, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("event_at", sa.Double, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("workflow", sa.Text, nullable=False),
+    sa.Column("run_id", sa.Text, nullable=False),
+    sa.Column("run_attempt", sa.Integer, nullable=False),
+    sa.Column("head_sha", sa.Text, nullable=False),
+    sa.Column("head_branch", sa.Text, nullable=False),
+    sa.Column("conclusion", sa.Text),
+    sa.Column("template", sa.Text),
+    sa.Column("group_key", sa.Text),
+    sa.Column("waits_for", sa.Text),
+    sa.Column("runner_id", sa.Text),
+    sa.Column("runner_name", sa.Text),
+    sa.Column("created_at", sa.Double),
+    sa.Column("started_at", sa.Double),
+    sa.Column("completed_at", sa.Double),
+    sa.UniqueConstraint("forge", "forge_job_id", name="uq_jobs_forge"),
+    sa.Index("ix_jobs_demand", "state", "group_key", "event_at"),
+    sa.Index("ix_jobs_updated", "updated_at"),
+)
+
+runners = sa.Table(
+    "runners",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("forge", sa.Text, nullable=False),
+    sa.Column("scope_kind", sa.Text, nullable=False),
+    sa.Column("scope_path", sa.Text, nullable=False),
+    sa.Column("labels", sa.JSON, nullable=False),
+    sa.Column("group_key", sa.Text, nullable=False),
+    sa.Column("template", sa.Text, nullable=False),
+    sa.Column("memory_mib", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("state_at", sa.Double, nullable=False),
+    sa.Column("deadline", sa.Double, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("event_at", sa.Double, nullable=False),
+    sa.Column("job_id", sa.Text),
+    sa.Column("serving_job_id", sa.Text),
+    sa.Column("job_done_at", sa.Double),
+    sa.Column("cancelled_at", sa.Double),
+    sa.Column("killed_at", sa.Double),
+    sa.Column("host", sa.Text),
+    sa.Column("digest", sa.Text),
+    sa.Column("vm_id", sa.Text),
+    sa.Column("remote_id", sa.Text),
+    sa.Column("deregistered", sa.Boolean, nullable=False),
+    sa.Column("waits_for", sa.Text),
+    sa.Column("code", sa.Text),
+    sa.Column("reason", sa.Text),
+    sa.Column("exit_code", sa.Integer),
+    sa.Column("ended_at", sa.Double),
+    sa.Column("lease_owner", sa.Text),
+    sa.Column("lease_until", sa.Double),
+    sa.Index("ix_runners_state", "state"),
+    sa.Index("ix_runners_job", "job_id"),
+    sa.Index("ix_runners_serving", "serving_job_id"),
+    sa.Index("ix_runners_vm", "vm_id"),
+    sa.Index("ix_runners_ended", "ended_at"),
+)
+
+inbox = sa.Table(
+    "inbox",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.Text, nullable=False),
+    sa.Column("forge", sa.Text, nullable=False),
+    sa.Column("event", sa.Text, nullable=False),
+    sa.Column("action", sa.Text),
+    sa.Column("hook_id", sa.Text),
+    sa.Column("received_at", sa.Double, nullable=False),
+    sa.Column("payload", sa.LargeBinary, nullable=False),
+    sa.Column("processed_at", sa.Double),
+    sa.Column("outcome", sa.Text),
+    sa.UniqueConstraint("forge", "id", name="uq_inbox_delivery"),
+    sa.Index("ix_inbox_pending", "processed_at", "seq"),
+)
+
+timeline = sa.Table(
+    "timeline",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("job_id", sa.Text),
+    sa.Column("runner_id", sa.Text),
+    sa.Column("step", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("waits_for", sa.Text),
+    sa.Column("ms", sa.Double),
+    sa.Index("ix_timeline_job", "job_id", "seq"),
+    sa.Index("ix_timeline_runner", "runner_id", "seq"),
+    sa.Index("ix_timeline_at", "at"),
+)
+
+hosts = sa.Table(
+    "hosts",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("max_vms", sa.Integer, nullable=False),
+    sa.Column("memory_mib", sa.Integer, nullable=False),
+    sa.Column("draining", sa.Boolean, nullable=False),
+    sa.Column("seen_at", sa.Double, nullable=False),
+)
+
+# One row a mutual exclusion: touching it first in a transaction serialises deciders on every database.
+locks = sa.Table(
+    "locks",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("lease_owner", sa.Text),
+    sa.Column("lease_until", sa.Double),
+)

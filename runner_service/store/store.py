@@ -1,0 +1,216 @@
+"""Opens the database, brings it to the newest migration, and hands out transactions.
+
+SQLite: one writer connection, so that writers queue in order instead of polling for a lock; readers beside it
+(WAL). PostgreSQL: an ordinary pool.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import AsyncGenerator, Generator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.event import listen
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from runner_service.store.queries import warm_up
+from runner_service.store.schema import HEAD
+
+_MIGRATION_LOCK = 0x6D766D31  # "mvm1": the key of the advisory lock on PostgreSQL
+
+
+class StoreError(Exception):
+    """The database cannot be used; the message says which, why, and what to do."""
+
+    code = "store_unusable"
+
+
+class _RollbackError(Exception):
+    """Ends a transaction without keeping it."""
+
+
+class Store:
+    """Transactions on one database. Made by ``Store.open``."""
+
+    def __init__(self, url: sa.URL, writer: AsyncEngine, reader: AsyncEngine) -> None:
+        self.url = url
+        self._writer = writer
+        self._reader = reader
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, url: str, *, read_only: bool = False) -> AsyncGenerator["Store"]:
+        """Open ``url`` (``sqlite+aiosqlite:///…`` or ``postgresql+psycopg://…``), migrating it unless read-only.
+
+        Raises StoreError when it cannot be opened, or was written by a newer version.
+        """
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            writer, reader = _sqlite(parsed, read_only=read_only)
+        else:
+            writer = reader = create_async_engine(
+                parsed, pool_size=5, json_serializer=_dump, json_deserializer=_load
+            )
+        store = cls(parsed, writer, reader)
+        try:
+            try:
+                await (store._check() if read_only else store.migrate())
+            except (DBAPIError, OSError) as error:
+                raise StoreError(f"cannot use the database {_shown(parsed)}: {_cause(error)}") from error
+            yield store
+        finally:
+            await writer.dispose()
+            await reader.dispose()
+
+    @contextlib.asynccontextmanager
+    async def write(self) -> AsyncGenerator[AsyncConnection]:
+        """One transaction, committed at the end, rolled back when the block raises."""
+        async with self._writer.begin() as connection:
+            yield connection
+
+    @contextlib.asynccontextmanager
+    async def read(self) -> AsyncGenerator[AsyncConnection]:
+        """A connection that sees what was committed before; nothing may be written through it."""
+        async with self._reader.connect() as connection:
+            yield connection
+
+    async def migrate(self) -> None:
+        """Bring the database to ``HEAD``; one process at a time, everybody else waits for it."""
+        with _file_lock(self.url):
+            async with self._writer.begin() as connection:
+                if await connection.run_sync(_version) == HEAD:
+                    return
+            async with self._writer.connect() as connection:
+                if connection.dialect.name == "postgresql":
+                    await connection.execute(
+                        sa.text("SELECT pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK}
+                    )
+                await connection.run_sync(_upgrade)
+                await connection.commit()
+                if connection.dialect.name == "postgresql":
+                    await connection.execute(
+                        sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK}
+                    )
+                    await connection.commit()
+
+    async def warm_up(self) -> None:
+        """Open the connections and let every hot statement be compiled, on rows that are rolled back."""
+        with contextlib.suppress(_RollbackError):
+            async with self.write() as db:
+                await warm_up(db)
+                raise _RollbackError
+        async with self.read() as db:
+            await db.execute(sa.text("SELECT 1"))
+
+    async def _check(self) -> None:
+        async with self.read() as connection:
+            version = await connection.run_sync(_version)
+        if version != HEAD:
+            raise StoreError(
+                f"the database {_shown(self.url)} is at version {version or 'none'}, this program needs {HEAD}: "
+                "start the service once with this version"
+            )
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of the SQLite database in the file ``path``."""
+    return f"sqlite+aiosqlite:///{path.absolute()}"
+
+
+def _sqlite(url: sa.URL, *, read_only: bool) -> tuple[AsyncEngine, AsyncEngine]:
+    if not url.database:
+        raise StoreError("an SQLite database needs a file: sqlite+aiosqlite:///FILE")
+    path = Path(url.database)
+    if read_only:
+        if not path.exists():
+            raise StoreError(
+                f"there is no database {path}: is the data directory right, and did the service ever run?"
+            )
+        url = url.set(database=f"file:{path}", query={"mode": "ro", "uri": "true"})
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    options: dict[str, Any] = {
+        "json_serializer": _dump,
+        "json_deserializer": _load,
+        "connect_args": {"timeout": 10},
+    }
+    writer = create_async_engine(url, pool_size=1, max_overflow=0, **options)
+    reader = create_async_engine(url, pool_size=2, max_overflow=2, **options)
+    for engine in (writer, reader):
+        _set_pragmas(engine, read_only=read_only)
+    return writer, reader
+
+
+def _set_pragmas(engine: AsyncEngine, *, read_only: bool) -> None:
+    def on_connect(connection: Any, _record: object) -> None:
+        cursor = connection.cursor()
+        if not read_only:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        # FULL: an event that was answered with 2xx survives a power cut; it costs one fsync a commit.
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA cache_size=-4096")
+        cursor.close()
+
+    listen(engine.sync_engine, "connect", on_connect)
+
+
+def _version(connection: sa.Connection) -> str | None:
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    # Imported here: alembic costs 11 MiB, and is needed once per new version.
+    from alembic import command  # noqa: PLC0415
+    from alembic.config import Config  # noqa: PLC0415
+    from alembic.util import CommandError  # noqa: PLC0415
+
+    migrations = resources.files("runner_service.store") / "migrations"
+    config = Config()
+    config.set_main_option("script_location", str(migrations).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise StoreError(
+            f"the database cannot be brought to version {HEAD}: {error}. Is it from a newer one?"
+        ) from error
+
+
+@contextlib.contextmanager
+def _file_lock(url: sa.URL) -> Generator[None]:
+    """Serialise migrations of one SQLite file between processes; other databases have their own lock."""
+    if url.get_backend_name() != "sqlite" or not url.database:
+        yield
+        return
+    fd = os.open(f"{url.database}.migrate", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _shown(url: sa.URL) -> str:
+    return (
+        url.database or "" if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
+    )
+
+
+def _cause(error: BaseException) -> str:
+    return str(getattr(error, "orig", None) or error)
+
+
+def _dump(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _load(text: str | bytes) -> object:
+    return msgspec.json.decode(text)

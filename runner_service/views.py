@@ -1,0 +1,154 @@
+"""What the API and the command line show of jobs, runners and VMs: the same values for both."""
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from runner_service.domain import Job, Runner, TimelineRow
+from runner_service.store import queries as q
+from vmm_core.machine import VmRecord, VmUsage
+
+
+class JobView(msgspec.Struct, frozen=True, kw_only=True):
+    """A job with its runner. Times are Unix seconds; ``waits_for`` says why it is not running yet."""
+
+    id: str
+    name: str
+    repository: str
+    workflow: str
+    run_id: str
+    state: str
+    conclusion: str | None
+    labels: tuple[str, ...]
+    template: str | None
+    runner: str | None
+    runner_state: str | None
+    vm: str | None
+    waits_for: str | None
+    queued_at: float
+    started_at: float | None
+    completed_at: float | None
+
+
+class RunnerView(msgspec.Struct, frozen=True, kw_only=True):
+    """One runner that was made for a job or served it."""
+
+    id: str
+    state: str
+    template: str
+    vm: str | None
+    host: str | None
+    code: str | None
+    reason: str | None
+    waits_for: str | None
+    exit_code: int | None
+
+
+class Story(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything known about one job, step by step."""
+
+    job: JobView
+    runners: tuple[RunnerView, ...]
+    timeline: tuple[TimelineRow, ...]
+
+
+class VmView(msgspec.Struct, frozen=True, kw_only=True):
+    """One VM of the host. Memory in bytes of the guest's mapping; ``runner``/``job`` when it serves one."""
+
+    id: str
+    template: str | None
+    pid: int
+    vcpus: int
+    memory_mib: int
+    created_at: float
+    expires_at: float
+    runner: str | None = None
+    runner_state: str | None = None
+    job: str | None = None
+    private_dirty_bytes: int | None = None
+    pss_bytes: int | None = None
+    cpu_seconds: float | None = None
+
+
+async def list_jobs(db: AsyncConnection, *, limit: int, state: str | None = None) -> list[JobView]:
+    """The newest jobs with their runners."""
+    jobs = await q.list_jobs(db, limit=limit, state=state)
+    by_job = await q.runners_of_jobs(db, [job.id for job in jobs])
+    return [job_view(job, runner_of(job, by_job.get(job.id, []))) for job in jobs]
+
+
+async def story(db: AsyncConnection, ref: str) -> Story | None:
+    """The story of the job ``ref`` (our id or the forge's), or None."""
+    job = await q.find_job(db, ref)
+    if job is None:
+        return None
+    runners = await q.runners_of_job(db, job.id)
+    lines = await q.timeline_of_job(db, job.id)
+    return Story(
+        job=job_view(job, runner_of(job, runners)),
+        runners=tuple(runner_view(runner) for runner in runners),
+        timeline=tuple(lines),
+    )
+
+
+def runner_of(job: Job, runners: list[Runner]) -> Runner | None:
+    """The runner a job is on: the one the forge named, else the newest that serves it or was made for it."""
+    named = next((r for r in runners if r.id == job.runner_id), None)
+    serving = next((r for r in runners if r.serving_job_id == job.id), None)
+    made = next((r for r in runners if r.job_id == job.id and r.serving_job_id in (None, job.id)), None)
+    return named or serving or made
+
+
+def job_view(job: Job, runner: Runner | None) -> JobView:
+    waits_for = job.waits_for
+    if job.state == "queued" and waits_for is None and runner is not None:
+        waits_for = runner.waits_for or f"its runner ({runner.state})"
+    return JobView(
+        id=job.id,
+        name=job.name,
+        repository=f"{job.owner}/{job.repo}",
+        workflow=job.workflow,
+        run_id=job.run_id,
+        state=job.state,
+        conclusion=job.conclusion,
+        labels=job.labels,
+        template=job.template,
+        runner=runner.id if runner is not None else job.runner_id,
+        runner_state=runner.state if runner is not None else None,
+        vm=runner.vm_id if runner is not None else None,
+        waits_for=waits_for,
+        queued_at=job.event_at,
+        started_at=job.started_at,
+        completed_at=job.completed_at,
+    )
+
+
+def runner_view(runner: Runner) -> RunnerView:
+    return RunnerView(
+        id=runner.id,
+        state=runner.state,
+        template=runner.template,
+        vm=runner.vm_id,
+        host=runner.host,
+        code=runner.code,
+        reason=runner.reason,
+        waits_for=runner.waits_for,
+        exit_code=runner.exit_code,
+    )
+
+
+def vm_view(record: VmRecord, runner: Runner | None = None, usage: VmUsage | None = None) -> VmView:
+    return VmView(
+        id=record.id,
+        template=record.template,
+        pid=record.pid,
+        vcpus=record.machine.vcpus,
+        memory_mib=record.machine.memory_mib,
+        created_at=record.created_at,
+        expires_at=record.expires_at,
+        runner=runner.id if runner is not None else record.metadata.get("runner_id"),
+        runner_state=runner.state if runner is not None else None,
+        job=(runner.serving_job_id or runner.job_id) if runner is not None else None,
+        private_dirty_bytes=usage.private_dirty_bytes if usage is not None else None,
+        pss_bytes=usage.pss_bytes if usage is not None else None,
+        cpu_seconds=usage.cpu_seconds if usage is not None else None,
+    )
