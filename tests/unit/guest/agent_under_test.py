@@ -10,6 +10,8 @@ import os
 import sys
 import time
 
+# ruff: noqa: PTH103, PTH123
+
 
 def load(path):
     spec = importlib.util.spec_from_file_location("agent", path)
