@@ -141,10 +141,11 @@ class Link(asyncio.Protocol):
 
     def _dispatch(self, kind: int, stream: int, payload: bytes) -> bool:
         if kind == wire.REPLY:
-            pending = self._pending.pop(stream, None)
+            pending = self._pending.get(stream)
             if pending is None:
                 return False
-            pending[0](payload)
+            pending[0](payload)  # if it raises, the request stays pending and gets the link's error
+            del self._pending[stream]
             return True
         if kind in (wire.DATA, wire.EOF, wire.ACK, wire.EXIT):
             receiver = self.streams.get(stream)

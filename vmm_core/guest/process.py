@@ -164,8 +164,6 @@ class Process:
         """The agent's answer to start or attach; ``None`` accepts any offset."""
         if stdout not in (None, attached.stdout) or stderr not in (None, attached.stderr):
             raise GuestProtocolError("the guest goes on at another offset than was asked for")
-        if min(attached.stdout, attached.stderr) < 0:
-            raise GuestProtocolError("the guest answers a negative offset")
         self.pid = attached.pid
         self._flows["stdout"].begin(attached.stdout)
         self._flows["stderr"].begin(attached.stderr)

@@ -16,6 +16,8 @@ stream may be unacknowledged. Request and stream numbers are chosen afresh by ev
 left over from an earlier one fits nothing and is dropped.
 """
 
+from typing import Annotated
+
 import msgspec
 
 from vmm_core.guest.agent import (
@@ -57,6 +59,12 @@ __all__ = [
     "Decoder",
     "encode",
 ]
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Nanoseconds = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Status = Annotated[int, msgspec.Meta(ge=0, le=255)]
+Signal = Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="op"):
@@ -160,29 +168,29 @@ class Hello(msgspec.Struct, frozen=True):
 class Revived(msgspec.Struct, frozen=True):
     """``clock_step_ns``: how far the wall clock was moved forward. ``boot_id``: made in the fork, its own."""
 
-    clock_step_ns: int
+    clock_step_ns: Nanoseconds
     boot_id: str
 
 
 class Attached(msgspec.Struct, frozen=True):
     """Where the outputs go on, and how much input the command has had (None: it has no input)."""
 
-    pid: int
-    stdout: int
-    stderr: int
-    stdin: int | None
-    stdin_written: int | None
+    pid: Count
+    stdout: Count
+    stderr: Count
+    stdin: Count | None
+    stdin_written: Count | None
 
 
 class Size(msgspec.Struct, frozen=True):
     """How many bytes a put or get moved."""
 
-    size: int
+    size: Count
 
 
 class Exit(msgspec.Struct, frozen=True):
     """How a command ended; payload of an EXIT frame."""
 
-    code: int
-    signal: int | None
+    code: Status
+    signal: Signal | None
     timed_out: bool

@@ -378,7 +378,7 @@ def test_one_byte_frames_cost_no_more_than_their_window() -> None:
         offsets = {wire.STDOUT: 0, wire.STDERR: 0}
         blocks: list[bytes] = []
         for _ in range(60_000):
-            for number in offsets:
+            for number in (wire.STDOUT, wire.STDERR):
                 payload = wire.OFFSET.pack(offsets[number]) + b"x"
                 blocks.append(wire.encode(wire.DATA, process.stream + number, payload))
                 offsets[number] += 1
@@ -389,7 +389,7 @@ def test_one_byte_frames_cost_no_more_than_their_window() -> None:
         tracemalloc.stop()
         assert held < 1 << 20
         assert not guest.wire.aborted
-        for number in offsets:
+        for number in (wire.STDOUT, wire.STDERR):
             guest.say(wire.EOF, process.stream + number, wire.OFFSET.pack(60_000))
         total = sum([len(piece.data) async for piece in process.output()])
         assert total == 120_000
@@ -422,9 +422,8 @@ def test_input_stops_at_the_window_and_goes_on_with_acknowledgements() -> None:
         writing = asyncio.create_task(process.write(bytes(3 * wire.WINDOW)))
 
         def sent() -> int:
-            return sum(
-                len(p) - 8 for kind, s, p in guest.wire.sent if kind == wire.DATA and s == process.stream
-            )
+            frames = [frame for frame in guest.wire.sent if frame[:2] == (wire.DATA, process.stream)]
+            return sum(len(payload) - 8 for _, _, payload in frames)
 
         for n in range(1, 3):
             await asyncio.sleep(0.01)
@@ -445,11 +444,20 @@ def test_a_guest_that_never_answers_meets_every_deadline(monkeypatch: pytest.Mon
         process = await guest.started(timeout=0.05)
         channel = guest.channel
         for attempt in (
-            channel.hello("t", timeout=0.02), channel.revive(REVIVE, timeout=0.02), channel.quiesce(timeout=0.02),
-            channel.poweroff(timeout=0.02), channel.get("/f", timeout=0.02), channel.put("/f", b"x", timeout=0.02),
-            channel.start("n", ["x"]), channel.attach("n"), process.wait(timeout=0.02), process.wait(),
-            process.kill(), process.forget(), process.collect(timeout=0.02),
-        ):  # fmt: skip
+            channel.hello("t", timeout=0.02),
+            channel.revive(REVIVE, timeout=0.02),
+            channel.quiesce(timeout=0.02),
+            channel.poweroff(timeout=0.02),
+            channel.get("/f", timeout=0.02),
+            channel.put("/f", b"x", timeout=0.02),
+            channel.start("n", ["x"]),
+            channel.attach("n"),
+            process.wait(timeout=0.02),
+            process.wait(),
+            process.kill(),
+            process.forget(),
+            process.collect(timeout=0.02),
+        ):
             with pytest.raises(GuestTimeout):
                 await attempt
         assert len(guest.link.streams) == 3  # only the started command is still listened to

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vmm_core.errors import GuestRefused
+
 from .conftest import REVIVE, run_agent
 
 UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--uts")
@@ -70,3 +72,15 @@ async def test_killing_as_pid_1_finds_what_escaped(tmp_path: Path) -> None:
             "c", ["sh", "-c", "cat /proc/[0-9]*/comm | sort -u"], user="root", cwd="/"
         )
         assert b"sleep" not in (await again.collect(timeout=5)).stdout
+
+
+async def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    async with run_agent(tmp_path / "g", prefix=UNSHARE) as guest, guest.channel() as channel:
+        mount = await channel.start(
+            "a", ["mount", "-t", "tmpfs", "-o", "size=64k", "none", "/mnt"], user="root", cwd="/"
+        )
+        assert (await mount.collect(timeout=5)).code == 0
+        with pytest.raises(GuestRefused, match="ENOSPC"):
+            await channel.put("/mnt/big", bytes(1 << 20), user="root")
+        listing = await channel.start("b", ["ls", "-A", "/mnt"], user="root", cwd="/")
+        assert (await listing.collect(timeout=5)).stdout == b""
