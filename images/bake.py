@@ -27,13 +27,15 @@ from images.recipe import Recipe
 from images.schema import WarmStep
 from vmm_core.drivers.base import Saved
 from vmm_core.engine import Engine
-from vmm_core.errors import GuestError, VmFailed
+from vmm_core.errors import GuestError, UnknownVm, VmFailed
 from vmm_core.machine import BootImage, EgressRule, ExecResult, MachineSpec, Network, Snapshot
 from vmm_core.vm import RunningVm
 
 __all__ = ["BakeEvent", "Baked", "bake"]
 
 _TAIL_LINES = 20
+# Metadata key of a machine that is being baked; its value is the digest of the inputs.
+_BAKE = "bake"
 _PAGE_CACHE_PERCENT = 40
 _LISTENER = f"{rootfs.RUNNER_DIR}/bin/Runner.Listener"
 _RUNNER_TIMEOUT_S = 600.0
@@ -71,7 +73,7 @@ class _Bake:
 
     async def run(self, *, force: bool) -> Baked:
         with self._named("check") as step:
-            self._cache.sweep()
+            await self._sweep()
             plan = await make_plan(self._engine, self._cache, self._recipe, step)
 
         def waiting() -> None:
@@ -92,6 +94,15 @@ class _Bake:
             seconds=time.monotonic() - self._started,
             steps=tuple(self._times),
         )
+
+    async def _sweep(self) -> None:
+        """Remove what killed bakes left: half-built directories, and machines that nobody bakes on with."""
+        self._cache.sweep()
+        for record in self._engine.records():
+            inputs = record.metadata.get(_BAKE)
+            if inputs is not None and self._cache.is_free(f"template-{inputs}"):
+                with contextlib.suppress(UnknownVm):
+                    await self._engine.destroy(record.id)
 
     def _find(self, inputs: str) -> Snapshot | None:
         """The newest template of these inputs that this host can still fork."""
@@ -117,7 +128,7 @@ class _Bake:
             disk = await rootfs.get_disk(self._cache, tree, plan.kernel, plan.contents, step)
             warm_rules, job_rules = await open_rules(recipe, step)
         image = BootImage(kernel=plan.kernel.vmlinux, initrd=plan.kernel.initrd, disk=disk)
-        async with self._booted(image, _opened(recipe.machine, warm_rules)) as vm:
+        async with self._booted(image, _opened(recipe.machine, warm_rules), plan.inputs) as vm:
             for warm in recipe.warm:
                 await self._warm(vm, warm)
             version = await self._runner(vm) if recipe.runner is not None else None
@@ -153,7 +164,7 @@ class _Bake:
         return labels
 
     @contextlib.asynccontextmanager
-    async def _booted(self, image: BootImage, machine: MachineSpec) -> AsyncGenerator[RunningVm]:
+    async def _booted(self, image: BootImage, machine: MachineSpec, inputs: str) -> AsyncGenerator[RunningVm]:
         limit = 1800.0 + sum(warm.timeout for warm in self._recipe.warm)
         async with contextlib.AsyncExitStack() as stack:
             with self._named("boot") as step:
@@ -161,7 +172,7 @@ class _Bake:
                 try:
                     vm = await stack.enter_async_context(
                         self._engine.boot(
-                            image, machine, ttl=limit, metadata={"purpose": f"bake {self._recipe.name}"}
+                            image, machine, ttl=limit, metadata={_BAKE: inputs, "recipe": self._recipe.name}
                         )
                     )
                 except VmFailed as error:
@@ -205,7 +216,7 @@ class _Bake:
                 raise BakeFailed(
                     "runner",
                     f"{_LISTENER} --version exited with status {result.code}",
-                    advice="Is the tarball actions/runner for linux-x64, and are its library packages in the recipe?",
+                    advice="Is this actions/runner for linux-x64, with its libraries among the packages?",
                     status=result.code,
                     output=tail,
                 )

@@ -92,6 +92,17 @@ class Cache:
         finally:
             os.close(descriptor)
 
+    def is_free(self, name: str) -> bool:
+        """Whether nobody holds the lock of that name."""
+        try:
+            descriptor = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            return _try_lock(descriptor)
+        finally:
+            os.close(descriptor)
+
     def sweep(self) -> list[Path]:
         """Remove what dead builders left and return it. Living builders hold their lock."""
         removed: list[Path] = []

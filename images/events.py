@@ -6,8 +6,8 @@ import msgspec
 
 
 class BakeEvent(msgspec.Struct, frozen=True):
-    """``step`` is stable: ``packages``, ``rootfs``, ``boot``, ``warm: NAME``, ``snapshot`` … ``message`` is for people,
-    ``fraction`` 0 to 1 of that step where it is known, ``log`` one line of the step's output."""
+    """``step`` is stable: ``packages``, ``rootfs``, ``boot``, ``warm: NAME``, ``snapshot`` …
+    ``message`` is for people, ``fraction`` 0 to 1 of the step where it is known, ``log`` a line of its output."""
 
     step: str
     message: str

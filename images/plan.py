@@ -176,7 +176,7 @@ async def _runner(cache: Cache, recipe: Recipe, step: Step) -> tuple[Path, str]:
         return path, found
     if source.url is None or source.sha256 is None:
         raise RecipeError(
-            f"{recipe.name} needs actions/runner: give runner.tarball=/path/to/actions-runner-linux-x64-….tar.gz, "
+            f"{recipe.name} needs actions/runner: give runner.tarball=/path/to/actions-runner.tar.gz, "
             "or runner.url and runner.sha256",
             file=file,
             key="runner",
@@ -204,7 +204,7 @@ async def _download(cache: Cache, url: str, sha256: str, file: str, step: Step) 
 
 
 async def _fetch(url: str) -> AsyncGenerator[tuple[bytes, float | None]]:
-    """The body in pieces, each with the fraction that is here. Raises httpx.HTTPError, BuildFailed (too large)."""
+    """The body in pieces, each with the fraction that is here. Raises httpx.HTTPError or BuildFailed."""
     async with (
         httpx.AsyncClient(timeout=60, follow_redirects=True) as client,
         client.stream("GET", url) as answer,

@@ -38,7 +38,7 @@ async def pip_index() -> PipIndex:
         if _password(url):
             raise BuildFailed(
                 "this host's pip index has a password in its address, which would reach the template. "
-                "Give pip the password through ~/.netrc or keyring, or set PIP_INDEX_URL to an address without one"
+                "Give pip the password through ~/.netrc, or set PIP_INDEX_URL to an address without one"
             )
         return PipIndex(url=url, default=False)
     told = await _pip("install", "--help", doing="ask pip for its default index")
@@ -49,7 +49,7 @@ async def pip_index() -> PipIndex:
 
 
 async def package_registries(say: Callable[[str], None]) -> tuple[EgressRule, ...]:
-    """The endpoints a guest needs to install Python packages as this host does. Takes seconds and the network."""
+    """The endpoints a guest needs to install Python packages as this host does. Takes seconds."""
     index = await pip_index()
     say("asking pip which hosts serve packages")
     report = await _pip(

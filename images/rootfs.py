@@ -85,7 +85,7 @@ def disk_key(packages: str, kernel: Kernel, contents: Contents) -> str:
 
 
 async def get_packages(cache: Cache, resolution: apt.Resolution, wanted: tuple[str, ...], step: Step) -> Path:
-    """The package layer, a tar of the installed system. Raises BuildFailed with the installer's last lines."""
+    """The package layer, a tar of the installed system. Raises BuildFailed with the last lines."""
 
     async def build(directory: Path) -> None:
         if os.geteuid() != 0:
