@@ -55,6 +55,7 @@ class Scheduler:
         metrics: Metrics,
         keep_seconds: float,
         prune_logs: Callable[[float], None],
+        tick: float = _TICK,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -66,6 +67,7 @@ class Scheduler:
         self._metrics = metrics
         self._keep = keep_seconds
         self._prune_logs = prune_logs
+        self._tick = tick
         self._clock = clock
         self._woken = asyncio.Event()
         self._observed: deque[JobEvent] = deque(maxlen=_OBSERVED_BOUND)
@@ -164,17 +166,16 @@ class Scheduler:
 
     async def stop(self) -> None:
         """End all tasks; VMs and registrations stay as they are, the rows tell how to go on."""
-        tasks = list(self._tasks.values())
+        tasks, lives = list(self._tasks.values()), list(self._lives.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(live.stop() for live in self._lives.values()))
+        await asyncio.gather(*(live.stop() for live in lives))
 
     async def _rest(self) -> None:
         now = self._clock()
-        due = min(
-            [_TICK, *(max(0.05, brake.until - now) for brake in self._brakes.values() if brake.until > now)]
-        )
+        brakes = (max(0.05, brake.until - now) for brake in self._brakes.values() if brake.until > now)
+        due = min((self._tick, *brakes))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(due):
                 await self._woken.wait()
@@ -225,7 +226,7 @@ class Scheduler:
     async def _housekeeping(self) -> None:
         """Every tick: leases, this host's sign of life, the reaper; every hour: forget what is old."""
         now = self._clock()
-        if now - self._reaper.last_pass < _TICK:
+        if now - self._reaper.last_pass < self._tick:
             return
         async with self._store.write() as db:
             await q.save_host(db, self._host, now)
@@ -267,7 +268,9 @@ class Scheduler:
                 return
             current = await self._persist_surely(current, live, answer)
             if isinstance(answer, Wait) and current is not None:
-                await live.woken(answer.until)
+                # A wait never outlasts the state's deadline; retiring minds its own.
+                until = answer.until if current.state == "retiring" else min(answer.until, current.deadline)
+                await live.woken(until)
                 current = await self._reread(current)
         # Another service holds the row now, or it is gone: nothing here is ours any more.
         log.warning("lease_lost", runner=runner.id)
@@ -325,7 +328,7 @@ class Scheduler:
         live.changes = {}
         live.lines = []
         if isinstance(answer, Goto) and after is not None:
-            self._entered(runner, live, answer, now)
+            self._entered(runner, answer, now, live.retry_at)
         return after
 
     def _entering(self, runner: Runner, answer: Goto, now: float) -> dict[str, object]:
@@ -341,7 +344,7 @@ class Scheduler:
             values |= {"ended_at": now, "lease_owner": self._host.name}
         return values
 
-    def _entered(self, runner: Runner, live: Live, answer: Goto, now: float) -> None:
+    def _entered(self, runner: Runner, answer: Goto, now: float, retry_at: float | None) -> None:
         """Count the transition; hold back or release the group; let others see the room or the need."""
         self._metrics.state_seconds.labels(runner.state).observe(max(0.0, now - runner.state_at))
         self._metrics.steps.labels(answer.state).observe(max(0.0, now - runner.event_at))
@@ -355,7 +358,7 @@ class Scheduler:
             if runner.serving_job_id is None and answer.code not in BENIGN:
                 failures = self._brakes[runner.group_key].failures if runner.group_key in self._brakes else 0
                 self._brakes[runner.group_key] = demand.brake(
-                    failures + 1, now, f"{answer.code}: {answer.reason[:300]}", retry_at=live.retry_at
+                    failures + 1, now, f"{answer.code}: {answer.reason[:300]}", retry_at=retry_at
                 )
             self.wake()
 

@@ -1,0 +1,221 @@
+"""An in-memory forge with the part of the ``Forge`` protocol the control plane uses, and GitHub's habits.
+
+Any online idle runner whose labels match takes any queued job of its scope; a registration serves one job and is
+gone with it; a busy one is not let go; events may be repeated, lost, delayed or shuffled by whoever is given them.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+
+from github_webhook.errors import Conflict, ForgeError, Unavailable
+from runner_service.domain import JobEvent, JobState, Registration, RemoteRunner, Scope
+from tests.standins.engine import FakeMachine, Gate, Write
+
+
+class ForgeJob(msgspec.Struct):
+    """A job as the forge has it. ``runs`` counts how often its steps ran."""
+
+    id: str
+    owner: str
+    repo: str
+    labels: tuple[str, ...]
+    state: JobState = "queued"
+    conclusion: str | None = None
+    runner: str | None = None
+    runs: int = 0
+    seconds: float = 0.01
+    output: bytes = b"hello from the job\n"
+
+
+class ForgeRunner(msgspec.Struct):
+    """A registration as the forge has it."""
+
+    id: str
+    name: str
+    scope: Scope
+    labels: frozenset[str]
+    online: bool = False
+    job: str | None = None
+
+
+class FakeForge:
+    """``gate`` hears of every call, before and after its effect, and may raise; ``faults`` are answers per call."""
+
+    def __init__(self, emit: Callable[[JobEvent], None], name: str = "github") -> None:
+        self.name = name
+        self.emit = emit
+        self.jobs: dict[str, ForgeJob] = {}
+        self.runners: dict[str, ForgeRunner] = {}
+        self.faults: dict[str, list[ForgeError]] = {}
+        self.lost_answers: set[str] = set()
+        self.registrations = 0
+        self.delay = 0.0
+        self._numbers = itertools.count(1)
+        self._changed = asyncio.Event()
+
+    # ── what people do ───────────────────────────────────────────────────────────────────────────
+
+    def queue(self, labels: Sequence[str] = ("microvm",), *, repo: str = "o/r", **more: object) -> ForgeJob:
+        owner, _, name = repo.partition("/")
+        job = ForgeJob(str(next(self._numbers)), owner, name, tuple(labels))
+        for key, value in more.items():
+            setattr(job, key, value)
+        self.jobs[job.id] = job
+        self._tell(job)
+        self._assign()
+        return job
+
+    def cancel(self, job: ForgeJob) -> None:
+        if job.state == "queued":
+            job.state, job.conclusion = "completed", "cancelled"
+            self._tell(job)
+
+    def event(self, job: ForgeJob, state: JobState | None = None) -> JobEvent:
+        """What a webhook would say about ``job`` now (or when it was in ``state``)."""
+        told = state or job.state
+        return JobEvent(
+            forge=self.name,
+            forge_job_id=job.id,
+            owner=job.owner,
+            repo=job.repo,
+            state=told,
+            labels=job.labels,
+            seen_at=time.time(),
+            name=f"job {job.id}",
+            conclusion=job.conclusion if told == "completed" else None,
+            runner_name=job.runner if told in ("in_progress", "completed") else None,
+        )
+
+    # ── what the control plane asks ──────────────────────────────────────────────────────────────
+
+    def client(self, gate: Gate = lambda _what: None) -> "FakeClient":
+        return FakeClient(self, gate)
+
+    # ── what runs in the guest ───────────────────────────────────────────────────────────────────
+
+    async def program(self, machine: FakeMachine, files: dict[str, bytes], write: Write) -> int:
+        """``Runner.Listener run``: online, one job, exit code."""
+        del machine
+        runner = self.runners.get(files[".runner"].decode())
+        if runner is None:
+            return 1
+        runner.online = True
+        write(b"Connected\nListening for Jobs\n")
+        self._assign()
+        while runner.job is None:
+            if runner.id not in self.runners:
+                return 1
+            await self._changed.wait()
+        job = self.jobs[runner.job]
+        job.runs += 1
+        write(job.output)
+        try:
+            await asyncio.sleep(job.seconds)
+        except asyncio.CancelledError:
+            job.state, job.conclusion = "completed", "failure"
+            self.runners.pop(runner.id, None)
+            self._tell(job)
+            raise
+        write(b"done\n")
+        job.state, job.conclusion = "completed", "success"
+        self.runners.pop(runner.id, None)
+        self._tell(job)
+        return 0
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────
+
+    def _assign(self) -> None:
+        for job in self.jobs.values():
+            if job.state != "queued":
+                continue
+            wanted = {label.lower() for label in job.labels}
+            for runner in self.runners.values():
+                if runner.online and runner.job is None and wanted <= runner.labels and self._in_scope(job, runner):
+                    runner.job, job.runner, job.state = job.id, runner.name, "in_progress"
+                    self._tell(job)
+                    break
+        self._wake()
+
+    def _in_scope(self, job: ForgeJob, runner: ForgeRunner) -> bool:
+        return runner.scope.path in (f"{job.owner}/{job.repo}", job.owner)
+
+    def _wake(self) -> None:
+        event, self._changed = self._changed, asyncio.Event()
+        event.set()
+
+    def _tell(self, job: ForgeJob) -> None:
+        self.emit(self.event(job))
+
+
+class FakeClient:
+    """One process's client of the forge."""
+
+    def __init__(self, forge: FakeForge, gate: Gate) -> None:
+        self._forge = forge
+        self._gate = gate
+
+    async def register(self, scope: Scope, *, name: str, labels: Sequence[str]) -> Registration:
+        await self._begin("register")
+        forge = self._forge
+        left = next((r for r in forge.runners.values() if r.name == name), None)
+        if left is not None:
+            if left.job is not None:
+                raise Conflict("the runner exists and is busy", status=409)
+            self._remove(left)
+        runner = ForgeRunner(str(next(forge._numbers)), name, scope, frozenset(label.lower() for label in labels))
+        forge.runners[runner.id] = runner
+        forge.registrations += 1
+        self._end("register")
+        return Registration(runner.id, {".runner": runner.id.encode(), ".credentials": b"s3cret-credentials"})
+
+    async def find(self, scope: Scope, name: str) -> RemoteRunner | None:
+        await self._begin("find")
+        found = next((r for r in self._forge.runners.values() if r.name == name and r.scope == scope), None)
+        return None if found is None else _remote(found)
+
+    async def look(self, scope: Scope, remote_id: str) -> RemoteRunner | None:
+        await self._begin("look")
+        found = self._forge.runners.get(remote_id)
+        return None if found is None else _remote(found)
+
+    async def deregister(self, scope: Scope, remote_id: str) -> Literal["deleted", "gone", "busy"]:
+        await self._begin("deregister")
+        runner = self._forge.runners.get(remote_id)
+        if runner is None:
+            return "gone"
+        if runner.job is not None and self._forge.jobs[runner.job].state == "in_progress":
+            return "busy"
+        self._remove(runner)
+        self._end("deregister")
+        return "deleted"
+
+    async def job(self, scope: Scope, forge_job_id: str, *, owner: str, repo: str) -> JobEvent | None:
+        await self._begin("job")
+        found = self._forge.jobs.get(forge_job_id)
+        return None if found is None or (found.owner, found.repo) != (owner, repo) else self._forge.event(found)
+
+    def _remove(self, runner: ForgeRunner) -> None:
+        self._forge.runners.pop(runner.id, None)
+        self._forge._wake()
+
+    async def _begin(self, call: str) -> None:
+        self._gate(f"before {call}")
+        await asyncio.sleep(self._forge.delay)
+        queue = self._forge.faults.get(call)
+        if queue:
+            raise queue.pop(0)
+
+    def _end(self, call: str) -> None:
+        self._gate(call)
+        if call in self._forge.lost_answers:
+            self._forge.lost_answers.discard(call)
+            raise Unavailable(f"{call}: the answer was lost", retryable=True)
+
+
+def _remote(runner: ForgeRunner) -> RemoteRunner:
+    return RemoteRunner(runner.id, runner.name, runner.online, runner.job is not None)

@@ -1,0 +1,242 @@
+"""A whole control plane over stand-ins: a host and a forge that survive, a service that can be killed and started."""
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+import msgspec
+
+from runner_service.decide import Decider, Rules
+from runner_service.domain import Host, JobEvent, Runner, Scope, Template
+from runner_service.flow import Flow, Limits
+from runner_service.inbox import StoreInbox
+from runner_service.joblog import JobLogs
+from runner_service.scheduler import Scheduler
+from runner_service.settings import Runners
+from runner_service.store import queries as q
+from runner_service.store.store import Store, sqlite_url
+from runner_service.telemetry import Metrics
+from runner_service.views import Story, story
+from tests.standins.engine import FakeEngine, FakeHost
+from tests.standins.forge import FakeForge
+
+TEMPLATE = Template("github-runner", "d" * 64, ("microvm-1cpu-512mb",), 512, "/opt/actions-runner")
+RUNNERS = Runners(
+    max_vms=4,
+    fork_limit_s=5,
+    online_limit_s=5,
+    idle_limit_s=5,
+    job_limit_s=20,
+    exit_grace_s=1,
+    retire_limit_s=5,
+)
+
+
+class Killed(BaseException):
+    """The service process got SIGKILL."""
+
+
+class Delivery(msgspec.Struct):
+    """What the receiver hands to the inbox."""
+
+    id: str
+    payload: bytes
+    received_at: float
+    event: str = "workflow_job"
+    action: str | None = None
+    hook_id: str | None = None
+
+
+class World:
+    """``kill_at``: the number of the effect at which the service is killed; None lets it live."""
+
+    def __init__(self, directory: Path, *, runners: Runners = RUNNERS, templates: tuple[Template, ...] = (TEMPLATE,)) -> None:
+        self.directory = directory
+        self.runners = runners
+        self.host = FakeHost(templates)
+        self.forge = FakeForge(self._deliver)
+        self.host.programs["Runner.Listener"] = self.forge.program
+        self.outbox: list[JobEvent] = []
+        self.deliver_now = True
+        self.mangle: Callable[[JobEvent], list[JobEvent]] = lambda event: [event]
+        self.kill_at: int | None = None
+        self.effects: list[str] = []
+        self.dead = asyncio.Event()
+        self.service: Service | None = None
+        self._guids = itertools.count(1)
+        self._delivering: set[asyncio.Task[None]] = set()
+
+    # ── the way in ───────────────────────────────────────────────────────────────────────────────
+
+    def _deliver(self, event: JobEvent) -> None:
+        for one in self.mangle(event):
+            self.outbox.append(one)
+        if self.deliver_now:
+            task = asyncio.get_running_loop().create_task(self.flush())
+            self._delivering.add(task)
+            task.add_done_callback(self._delivering.discard)
+
+    async def flush(self) -> None:
+        """Give what is in the outbox to a living service; what was not accepted is sent again later."""
+        while self.outbox and self.service is not None and not self.dead.is_set():
+            event = self.outbox.pop(0)
+            delivery = Delivery(f"guid-{next(self._guids)}", msgspec.json.encode(event), time.time())
+            try:
+                await self.service.inbox.store(delivery)
+            except BaseException:
+                self.outbox.insert(0, event)
+                return
+
+    # ── the service ──────────────────────────────────────────────────────────────────────────────
+
+    def gate(self, generation: "asyncio.Event") -> Callable[[str], None]:
+        def effect(what: str) -> None:
+            if generation.is_set():
+                raise Killed
+            self.effects.append(what)
+            if self.kill_at is not None and len(self.effects) >= self.kill_at:
+                generation.set()
+                raise Killed
+
+        return effect
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncGenerator["Service"]:
+        """A service until the block ends or it is killed; then nothing of it does anything any more."""
+        self.dead = asyncio.Event()
+        async with Store.open(sqlite_url(self.directory / "service.db")) as store:
+            service = self.service = Service(self, store, self.gate(self.dead))
+            try:
+                try:
+                    await service.start()
+                except Killed:
+                    pass
+                await self.flush()
+                yield service
+            finally:
+                self.dead.set()
+                self.service = None
+                await service.end()
+
+    async def until_quiet(self, seconds: float = 10.0) -> None:
+        """Wait until every job is over and nothing is left; or fail, saying what is."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.dead.is_set():
+                return
+            left = await self.left()
+            if not left:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"still there after {seconds} s: {await self.left()}")
+
+    async def left(self) -> list[str]:
+        found = [f"job {job.id} {job.state}" for job in self.forge.jobs.values() if job.state != "completed"]
+        found += [f"vm {vm}" for vm in self.host.machines]
+        found += [f"registration {runner.name}" for runner in self.forge.runners.values()]
+        found += [f"event {event.forge_job_id} {event.state}" for event in self.outbox]
+        service = self.service
+        if service is not None:
+            async with service.store.read() as db:
+                found += [f"runner {r.id} {r.state} {r.reason}" for r in await q.active_runners(db)]
+                found += [f"row {j.id} {j.state}" for j in await q.list_jobs(db, limit=1000) if j.state != "completed"]
+        return found
+
+
+class Service:
+    """The parts of a daemon, over the stand-ins."""
+
+    def __init__(self, world: World, store: Store, gate: Callable[[str], None]) -> None:
+        self.store = GatedStore(store, gate)
+        self.engine = FakeEngine(world.host, gate)
+        self.logs = JobLogs(world.directory / "logs", limit=world.runners.log_limit_mib << 20)
+        self.metrics = Metrics()
+        limits = Limits.of(world.runners)
+        catalog = Catalog(world.host)
+        flow = Flow(
+            hypervisor=self.engine,
+            forges={"github": world.forge.client(gate)},
+            catalog=catalog,
+            logs=self.logs,
+            limits=limits,
+            service="host-1",
+            observe=lambda event: self.scheduler.observe(event),
+        )
+        rules = Rules(
+            service="host-1",
+            default_template=world.runners.default_template,
+            extra_labels=world.runners.extra_labels,
+            name_prefix="microvm",
+            wanted_limit=world.runners.wanted_limit_s,
+            fork_limit=world.runners.fork_limit_s,
+        )
+        decider = Decider(
+            rules,
+            interpret=lambda row: msgspec.json.decode(row.payload, type=JobEvent),
+            scope_of=lambda event: Scope("repository", f"{event.owner}/{event.repo}"),
+            templates=catalog.templates,
+        )
+        self.scheduler = Scheduler(
+            store=self.store,
+            flow=flow,
+            decider=decider,
+            hypervisor=self.engine,
+            host=Host("host-1", world.runners.max_vms, 16384),
+            limits=limits,
+            metrics=self.metrics,
+            keep_seconds=86400,
+            prune_logs=self.logs.prune,
+            tick=0.1,
+        )
+        self.inbox = StoreInbox(self.store, "github", self.scheduler.wake)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self.scheduler.start()
+        self._task = asyncio.create_task(self.scheduler.run())
+
+    async def end(self) -> None:
+        """After ``dead`` is set this is SIGKILL: every task ends, no effect gets through the gate."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(BaseException):
+                await self._task
+        with contextlib.suppress(BaseException):
+            await self.scheduler.stop()
+        self.logs.end()
+
+    async def story(self, job: str) -> Story:
+        async with self.store.read() as db:
+            found = await story(db, job)
+        assert found is not None
+        return found
+
+    async def runners(self) -> list[Runner]:
+        async with self.store.read() as db:
+            return await q.active_runners(db)
+
+
+class Catalog:
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+
+    def templates(self) -> list[Template]:
+        return list(self._host.templates)
+
+
+class GatedStore(Store):
+    """A store whose commits are effects: killed before one, it is rolled back; after one, it is there."""
+
+    def __init__(self, store: Store, gate: Callable[[str], None]) -> None:
+        super().__init__(store.url, store._writer, store._reader)
+        self._gate = gate
+
+    @contextlib.asynccontextmanager
+    async def write(self):
+        async with super().write() as db:
+            yield db
+            self._gate("before commit")
+        self._gate("commit")
