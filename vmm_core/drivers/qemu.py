@@ -318,9 +318,9 @@ class QemuDriver:
 
 
 def _sandbox(allow: Sequence[EgressRule]) -> str:
-    """QEMU's seccomp filter. A relay is a child of QEMU that calls setsid, so only a VM without any is
-    denied to start programs; the children of the others can gain no privileges."""
-    rights = "elevateprivileges=children,spawn=allow" if allow else "elevateprivileges=deny,spawn=deny"
+    """QEMU's seccomp filter. A relay is a child of QEMU that calls setsid, which counts as raising
+    privileges: only a VM without any relay is denied that, and to start programs."""
+    rights = "elevateprivileges=allow,spawn=allow" if allow else "elevateprivileges=deny,spawn=deny"
     return f"on,obsolete=deny,resourcecontrol=deny,{rights}"
 
 
