@@ -39,6 +39,9 @@ class JobLog:
 
     def append(self, piece: Output) -> bytes:
         """Write a piece of output; what of it was new is returned. Past the cap it is counted and dropped."""
+        if self.closed:
+            # The descriptor's number may be another file's by now.
+            return b""
         known = self.offsets[piece.stream]
         data = piece.data[max(0, known - piece.offset) :] if piece.offset < known else piece.data
         if not data:

@@ -239,7 +239,8 @@ class Scheduler:
             # A lease that ran out elsewhere, or a task that ended by a bug: nobody else goes on with it.
             current = await self._reread(runner) if runner.id not in self._tasks else None
             if current is not None and runner.id not in self._tasks:
-                self._lives[runner.id] = Live(runner.id)
+                live = self._lives[runner.id] = Live(runner.id)
+                live.lose("the service lost track of it")
                 self._drive_soon(current)
         self._brakes = {g: b for g, b in self._brakes.items() if b.until > now - 600.0}
         # VMs of programs that died meanwhile come to us: nobody else would end them.
@@ -261,6 +262,13 @@ class Scheduler:
 
     async def _drive(self, runner: Runner) -> None:
         live = self._lives[runner.id]
+        try:
+            await self._live_out(runner, live)
+        finally:
+            await live.stop()
+
+    async def _live_out(self, runner: Runner, live: Live) -> None:
+        """Step after step until the runner is gone, or its row is not ours any more."""
         current: Runner | None = runner
         while current is not None:
             answer = await self._step(current, live)
@@ -272,9 +280,7 @@ class Scheduler:
                 until = answer.until if current.state == "retiring" else min(answer.until, current.deadline)
                 await live.woken(until)
                 current = await self._reread(current)
-        # Another service holds the row now, or it is gone: nothing here is ours any more.
         log.warning("lease_lost", runner=runner.id)
-        await live.stop()
 
     async def _step(self, runner: Runner, live: Live) -> Answer:
         """A step that answers always: an unexpected error is a reason to retire, or to try the retiring again."""
@@ -364,11 +370,16 @@ class Scheduler:
 
     async def _reread(self, runner: Runner) -> Runner | None:
         """The row with the facts of now; None when it is not ours any more."""
-        async with self._store.read() as db:
-            found = await q.runner(db, runner.id)
-        if found is None or found.lease_owner != self._host.name or found.state == "gone":
-            return None
-        return found
+        while True:
+            try:
+                async with self._store.read() as db:
+                    found = await q.runner(db, runner.id)
+            except Exception as error:
+                log.exception("reread_failed", runner=runner.id, error=str(error))
+                await asyncio.sleep(1.0)
+            else:
+                mine = found is not None and found.lease_owner == self._host.name and found.state != "gone"
+                return found if mine else None
 
 
 def resident_bytes() -> int:

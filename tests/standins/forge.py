@@ -135,7 +135,12 @@ class FakeForge:
                 continue
             wanted = {label.lower() for label in job.labels}
             for runner in self.runners.values():
-                if runner.online and runner.job is None and wanted <= runner.labels and self._in_scope(job, runner):
+                if (
+                    runner.online
+                    and runner.job is None
+                    and wanted <= runner.labels
+                    and self._in_scope(job, runner)
+                ):
                     runner.job, job.runner, job.state = job.id, runner.name, "in_progress"
                     self._tell(job)
                     break
@@ -167,7 +172,9 @@ class FakeClient:
             if left.job is not None:
                 raise Conflict("the runner exists and is busy", status=409)
             self._remove(left)
-        runner = ForgeRunner(str(next(forge._numbers)), name, scope, frozenset(label.lower() for label in labels))
+        runner = ForgeRunner(
+            str(next(forge._numbers)), name, scope, frozenset(label.lower() for label in labels)
+        )
         forge.runners[runner.id] = runner
         forge.registrations += 1
         self._end("register")
@@ -197,7 +204,9 @@ class FakeClient:
     async def job(self, scope: Scope, forge_job_id: str, *, owner: str, repo: str) -> JobEvent | None:
         await self._begin("job")
         found = self._forge.jobs.get(forge_job_id)
-        return None if found is None or (found.owner, found.repo) != (owner, repo) else self._forge.event(found)
+        return (
+            None if found is None or (found.owner, found.repo) != (owner, repo) else self._forge.event(found)
+        )
 
     def _remove(self, runner: ForgeRunner) -> None:
         self._forge.runners.pop(runner.id, None)

@@ -175,7 +175,9 @@ async def test_a_vm_that_dies_is_told_and_given_back(tmp_path: Path) -> None:
         while job.runs == 0:
             await asyncio.sleep(0.01)
         (machine,) = world.host.machines.values()
-        machine.end(VmExit(kind="signaled", signal=9, reason="the VMM was killed by signal 9", console_tail="oops"))
+        machine.end(
+            VmExit(kind="signaled", signal=9, reason="the VMM was killed by signal 9", console_tail="oops")
+        )
         await world.until_quiet()
         story = await service.story(job.id)
     assert story.runners[0].code == "vm_died"
@@ -219,7 +221,9 @@ async def test_an_operator_ends_a_vm(tmp_path: Path) -> None:
 async def test_vms_that_no_row_owns_are_gone_after_two_passes(tmp_path: Path) -> None:
     world = World(tmp_path)
     async with world.running() as service:
-        await service.engine.launch("github-runner", metadata={"runner_id": "microvm-unknown", "service": "host-1"})
+        await service.engine.launch(
+            "github-runner", metadata={"runner_id": "microvm-unknown", "service": "host-1"}
+        )
         await service.engine.launch("github-runner", metadata={"purpose": "run"})
         await asyncio.sleep(0.5)
         # The one of another program is none of our business while that program lives.
@@ -229,7 +233,9 @@ async def test_vms_that_no_row_owns_are_gone_after_two_passes(tmp_path: Path) ->
     assert not world.host.machines
 
 
-async def test_a_service_that_stops_leaves_its_vms_and_goes_on_without_a_gap_in_the_log(tmp_path: Path) -> None:
+async def test_a_service_that_stops_leaves_its_vms_and_goes_on_without_a_gap_in_the_log(
+    tmp_path: Path,
+) -> None:
     world = World(tmp_path)
     async with world.running():
         job = world.forge.queue(seconds=0.6, output=b"x" * 10_000)

@@ -53,7 +53,9 @@ class Delivery(msgspec.Struct):
 class World:
     """``kill_at``: the number of the effect at which the service is killed; None lets it live."""
 
-    def __init__(self, directory: Path, *, runners: Runners = RUNNERS, templates: tuple[Template, ...] = (TEMPLATE,)) -> None:
+    def __init__(
+        self, directory: Path, *, runners: Runners = RUNNERS, templates: tuple[Template, ...] = (TEMPLATE,)
+    ) -> None:
         self.directory = directory
         self.runners = runners
         self.host = FakeHost(templates)
@@ -142,7 +144,11 @@ class World:
         if service is not None:
             async with service.store.read() as db:
                 found += [f"runner {r.id} {r.state} {r.reason}" for r in await q.active_runners(db)]
-                found += [f"row {j.id} {j.state}" for j in await q.list_jobs(db, limit=1000) if j.state != "completed"]
+                found += [
+                    f"row {j.id} {j.state}"
+                    for j in await q.list_jobs(db, limit=1000)
+                    if j.state != "completed"
+                ]
         return found
 
 
@@ -207,6 +213,9 @@ class Service:
         with contextlib.suppress(BaseException):
             await self.scheduler.stop()
         self.logs.end()
+        # The tasks died with Killed, as they should: nobody needs to be told.
+        for task in asyncio.all_tasks():
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def story(self, job: str) -> Story:
         async with self.store.read() as db:
