@@ -1,0 +1,354 @@
+"""The REST routes of the stand-in GitHub, with its ways of refusing; under ``/api/v3`` too, as GHES."""
+
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jwt
+
+from tests.standins.github_http import Request, Response, answer
+from tests.standins.github_shapes import Shapes, iso
+from tests.standins.github_state import Actions, Job, Refused, Repository, Run, Runner
+from tests.standins.github_webhooks import Webhooks
+
+DOCS = "https://docs.github.com/rest"
+_LABEL = re.compile(r"[^\s,][^,]{0,255}")
+
+
+@dataclass(slots=True)
+class App:
+    """A GitHub App: ``client_id`` and ``id`` are both accepted as issuer."""
+
+    id: int
+    client_id: str
+    public_key: Any
+    installations: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Token:
+    """Who a token speaks for. ``owner`` None: everything (a personal token of an administrator)."""
+
+    owner: str | None
+    expires_at: float
+    remaining: int = 5000
+
+
+RestHandler = Callable[..., Awaitable[Response]]
+_ROUTES: list[tuple[str, re.Pattern[str], str]] = []
+
+
+def _route(method: str, template: str) -> Callable[[RestHandler], RestHandler]:
+    pattern = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", template))
+
+    def keep(handler: RestHandler) -> RestHandler:
+        _ROUTES.append((method, pattern, handler.__name__))
+        return handler
+
+    return keep
+
+
+_SCOPES = ("/repos/{owner}/{repo}", "/orgs/{org}", "/enterprises/{enterprise}")
+
+
+def _scoped(method: str, tail: str) -> Callable[[RestHandler], RestHandler]:
+    def keep(handler: RestHandler) -> RestHandler:
+        for scope in _SCOPES:
+            _route(method, scope + tail)(handler)
+        return handler
+
+    return keep
+
+
+class Rest:
+    """REST routes over the state. ``tokens`` and ``apps`` say who may call."""
+
+    def __init__(self, actions: Actions, webhooks: Webhooks, jit_config: Callable[[Runner], str]) -> None:
+        self.actions = actions
+        self.webhooks = webhooks
+        self.shapes = Shapes("", "")
+        self.tokens: dict[str, Token] = {}
+        self.apps: dict[str, App] = {}
+        self.token_seconds = 3600.0
+        self._jit_config = jit_config
+
+    async def handle(self, request: Request) -> Response | None:
+        """The answer, or None when no route of ours fits."""
+        path = request.path.removeprefix("/api/v3")
+        known = False
+        for method, pattern, name in _ROUTES:
+            found = pattern.fullmatch(path)
+            if found is None:
+                continue
+            known = True
+            if method == request.method:
+                return await self._guarded(request, getattr(self, name), found.groupdict())
+        return answer(405, _problem(405, "Method Not Allowed")) if known else None
+
+    async def _guarded(self, request: Request, handler: RestHandler, parts: dict[str, str]) -> Response:
+        token = None
+        try:
+            if "user-agent" not in request.headers:
+                raise Refused(403, "Request forbidden by administrative rules: User-Agent is missing")
+            token = self._who(request)
+            if isinstance(token, Token):
+                self._visible(token, parts)
+            response = await handler(request, token, **parts)
+        except Refused as refusal:
+            response = answer(refusal.status, _problem(refusal.status, refusal.message))
+        response.headers.update(self._limits(token))
+        return response
+
+    # -- who calls -------------------------------------------------------------------------------
+
+    def _who(self, request: Request) -> "Token | App":
+        scheme, _, value = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() not in ("bearer", "token") or not value:
+            raise Refused(401, "Requires authentication")
+        token = self.tokens.get(value)
+        if token is not None:
+            if token.expires_at < time.time():
+                raise Refused(401, "Bad credentials")
+            if token.remaining <= 0:
+                raise Refused(403, "API rate limit exceeded for installation.")
+            token.remaining -= 1
+            return token
+        if value.count(".") == 2 and not value.startswith("ghs_"):
+            return self._app(value)
+        raise Refused(401, "Bad credentials")
+
+    def _app(self, value: str) -> App:
+        try:
+            issuer = str(jwt.decode(value, options={"verify_signature": False}).get("iss"))
+            app = self.apps[issuer]
+            claims = jwt.decode(
+                value, app.public_key, algorithms=["RS256"], options={"require": ["iat", "exp"]}
+            )
+        except KeyError:
+            raise Refused(404, "Integration not found") from None
+        except jwt.PyJWTError as error:
+            raise Refused(401, f"A JSON web token could not be decoded ({error})") from None
+        if claims["exp"] - time.time() > 600:
+            raise Refused(401, "'Expiration time' claim ('exp') is too far in the future")
+        return app
+
+    def _visible(self, token: Token, parts: dict[str, str]) -> None:
+        owner = parts.get("owner") or parts.get("org")
+        if token.owner is not None and (owner is None or token.owner.lower() != owner.lower()):
+            raise Refused(404, "Not Found")
+        if "repo" in parts and f"{owner}/{parts['repo']}".lower() not in self.actions.repositories:
+            raise Refused(404, "Not Found")
+
+    def _limits(self, token: "Token | App | None") -> dict[str, str]:
+        remaining = token.remaining if isinstance(token, Token) else 5000
+        return {
+            "x-github-request-id": secrets.token_hex(8).upper(),
+            "x-github-media-type": "github.v3; format=json",
+            "x-ratelimit-limit": "5000",
+            "x-ratelimit-remaining": str(max(0, remaining)),
+            "x-ratelimit-used": str(5000 - max(0, remaining)),
+            "x-ratelimit-reset": str(int(time.time()) + 1800),
+            "x-ratelimit-resource": "core",
+        }
+
+    # -- the App ---------------------------------------------------------------------------------
+
+    @_scoped("GET", "/installation")
+    async def installation(self, _request: Request, who: object, **parts: str) -> Response:
+        app = _as_app(who)
+        owner = parts.get("owner") or parts.get("org") or parts["enterprise"]
+        for number, account in app.installations.items():
+            if account.lower() == owner.lower():
+                return answer(200, self.shapes.installation(number, account, app.id))
+        raise Refused(404, "Not Found")
+
+    @_route("POST", "/app/installations/{installation_id}/access_tokens")
+    async def access_token(self, _request: Request, who: object, installation_id: str) -> Response:
+        app = _as_app(who)
+        account = app.installations.get(_number(installation_id))
+        if account is None:
+            raise Refused(404, "Not Found")
+        # Longer than the 40 characters these tokens used to have: nobody may rely on a length.
+        value = f"ghs_{app.id}_{secrets.token_urlsafe(180)}"
+        expires_at = time.time() + self.token_seconds
+        self.tokens[value] = Token(account, expires_at)
+        permissions = {"administration": "write", "actions": "read", "metadata": "read"}
+        document = {"token": value, "expires_at": iso(expires_at), "permissions": permissions}
+        return answer(201, {**document, "repository_selection": "all"})
+
+    @_route("GET", "/app/hook/deliveries")
+    async def deliveries(self, request: Request, who: object) -> Response:
+        _as_app(who)
+        count = min(100, _number(request.query.get("per_page", "30")))
+        return answer(200, [_delivery(sent) for sent in reversed(self.webhooks.sent)][:count])
+
+    @_route("POST", "/app/hook/deliveries/{delivery_id}/attempts")
+    async def attempt(self, _request: Request, who: object, delivery_id: str) -> Response:
+        _as_app(who)
+        for sent in self.webhooks.sent:
+            if sent.id == _number(delivery_id):
+                self.webhooks.redeliver(sent.guid)
+                return answer(202, {})
+        raise Refused(404, "Not Found")
+
+    # -- runners ---------------------------------------------------------------------------------
+
+    @_scoped("POST", "/actions/runners/generate-jitconfig")
+    async def generate_jitconfig(self, request: Request, _who: object, **parts: str) -> Response:
+        body = _object(request)
+        name, labels = body.get("name"), body.get("labels")
+        work_folder = body.get("work_folder", "_work")
+        if not isinstance(name, str) or not 1 <= len(name) <= 64:
+            raise Refused(422, "Invalid request.\n\nname must be a string of 1 to 64 characters.")
+        if not isinstance(body.get("runner_group_id"), int):
+            raise Refused(422, 'Invalid request.\n\n"runner_group_id" wasn\'t supplied.')
+        if body["runner_group_id"] != 1:
+            raise Refused(404, "Not Found")
+        if not isinstance(labels, list) or not 1 <= len(labels) <= 100:
+            raise Refused(422, "Invalid request.\n\nlabels must have 1 to 100 items.")
+        if not all(isinstance(label, str) and _LABEL.fullmatch(label) for label in labels):
+            raise Refused(422, "Invalid request.\n\nlabels must be non-empty strings.")
+        if not isinstance(work_folder, str):
+            raise Refused(422, "Invalid request.\n\nwork_folder must be a string.")
+        runner = self.actions.register(*_scope(parts), name, list(dict.fromkeys(labels)), work_folder)
+        shape = self.shapes.runner(runner)
+        return answer(201, {"runner": shape, "encoded_jit_config": self._jit_config(runner)})
+
+    @_scoped("GET", "/actions/runners")
+    async def runners(self, request: Request, _who: object, **parts: str) -> Response:
+        found = self.actions.scope_runners(*_scope(parts))
+        if name := request.query.get("name"):
+            found = [runner for runner in found if runner.name.lower() == name.lower()]
+        page = _page(request, found)
+        return answer(200, {"total_count": len(found), "runners": [self.shapes.runner(r) for r in page]})
+
+    @_scoped("GET", "/actions/runners/{runner_id}")
+    async def runner(self, _request: Request, _who: object, runner_id: str, **parts: str) -> Response:
+        return answer(200, self.shapes.runner(self._runner(runner_id, parts)))
+
+    @_scoped("DELETE", "/actions/runners/{runner_id}")
+    async def delete_runner(self, _request: Request, _who: object, runner_id: str, **parts: str) -> Response:
+        self.actions.delete_runner(self._runner(runner_id, parts))
+        return answer(204)
+
+    # -- runs and jobs ---------------------------------------------------------------------------
+
+    @_route("GET", "/repos/{owner}/{repo}/actions/runs")
+    async def runs(self, request: Request, _who: object, owner: str, repo: str) -> Response:
+        repository = self._repository(owner, repo)
+        found = [run for run in self.actions.runs.values() if run.repository is repository]
+        if status := request.query.get("status"):
+            found = [run for run in found if status in (run.status, run.conclusion)]
+        found.reverse()
+        page = [self.shapes.run(run) for run in _page(request, found)]
+        return answer(200, {"total_count": len(found), "workflow_runs": page})
+
+    @_route("GET", "/repos/{owner}/{repo}/actions/runs/{run_id}")
+    async def run(self, _request: Request, _who: object, owner: str, repo: str, run_id: str) -> Response:
+        return answer(200, self.shapes.run(self._run(owner, repo, run_id)))
+
+    @_route("GET", "/repos/{owner}/{repo}/actions/runs/{run_id}/jobs")
+    async def run_jobs(self, request: Request, _who: object, owner: str, repo: str, run_id: str) -> Response:
+        run = self._run(owner, repo, run_id)
+        found = run.jobs if request.query.get("filter") == "all" else run.latest
+        page = [self.shapes.job(job) for job in _page(request, found)]
+        return answer(200, {"total_count": len(found), "jobs": page})
+
+    @_route("POST", "/repos/{owner}/{repo}/actions/runs/{run_id}/cancel")
+    async def cancel(self, _request: Request, _who: object, owner: str, repo: str, run_id: str) -> Response:
+        self.actions.cancel(self._run(owner, repo, run_id))
+        return answer(202, {})
+
+    @_route("GET", "/repos/{owner}/{repo}/actions/jobs/{job_id}")
+    async def job(self, _request: Request, _who: object, owner: str, repo: str, job_id: str) -> Response:
+        return answer(200, self.shapes.job(self._job(owner, repo, job_id)))
+
+    @_route("POST", "/repos/{owner}/{repo}/actions/jobs/{job_id}/rerun")
+    async def rerun(self, _request: Request, _who: object, owner: str, repo: str, job_id: str) -> Response:
+        self.actions.rerun(self._job(owner, repo, job_id))
+        return answer(201, {})
+
+    # -- finding things --------------------------------------------------------------------------
+
+    def _repository(self, owner: str, repo: str) -> Repository:
+        found = self.actions.repositories.get(f"{owner}/{repo}".lower())
+        if found is None:
+            raise Refused(404, "Not Found")
+        return found
+
+    def _run(self, owner: str, repo: str, run_id: str) -> Run:
+        run = self.actions.runs.get(_number(run_id))
+        if run is None or run.repository is not self._repository(owner, repo):
+            raise Refused(404, "Not Found")
+        return run
+
+    def _job(self, owner: str, repo: str, job_id: str) -> Job:
+        job = self.actions.jobs.get(_number(job_id))
+        if job is None or job.run.repository is not self._repository(owner, repo):
+            raise Refused(404, "Not Found")
+        return job
+
+    def _runner(self, runner_id: str, parts: dict[str, str]) -> Runner:
+        for runner in self.actions.scope_runners(*_scope(parts)):
+            if runner.id == _number(runner_id):
+                return runner
+        raise Refused(404, "Not Found")
+
+
+def _as_app(who: object) -> App:
+    if not isinstance(who, App):
+        raise Refused(401, "A JSON web token could not be decoded")
+    return who
+
+
+def _scope(parts: dict[str, str]) -> tuple[str, str, str | None]:
+    if "owner" in parts:
+        return "repository", parts["owner"], parts["repo"]
+    if "org" in parts:
+        return "organization", parts["org"], None
+    return "enterprise", parts["enterprise"], None
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise Refused(404, "Not Found")
+    return int(text)
+
+
+def _object(request: Request) -> dict[str, Any]:
+    try:
+        body = request.json()
+    except ValueError:
+        raise Refused(400, "Problems parsing JSON") from None
+    if not isinstance(body, dict):
+        raise Refused(400, "Body should be a JSON object")
+    return body
+
+
+def _page(request: Request, items: list[Any]) -> list[Any]:
+    size = max(1, min(100, _number(request.query.get("per_page", "30"))))
+    start = (max(1, _number(request.query.get("page", "1"))) - 1) * size
+    return items[start : start + size]
+
+
+def _delivery(sent: Any) -> dict[str, Any]:
+    return {
+        "id": sent.id,
+        "guid": sent.guid,
+        "delivered_at": iso(sent.delivered_at),
+        "redelivery": sent.redelivery,
+        "duration": round(sent.duration, 3),
+        "status": sent.status,
+        "status_code": sent.status_code,
+        "event": sent.event,
+        "action": sent.action,
+        "installation_id": sent.installation_id,
+        "repository_id": sent.repository_id,
+    }
+
+
+def _problem(status: int, message: str) -> dict[str, str]:
+    return {"message": message, "documentation_url": DOCS, "status": str(status)}
