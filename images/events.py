@@ -7,7 +7,7 @@ import msgspec
 
 class BakeEvent(msgspec.Struct, frozen=True):
     """``step`` is stable: ``packages``, ``rootfs``, ``boot``, ``warm: NAME``, ``snapshot`` …
-    ``message`` is for people, ``fraction`` 0 to 1 of the step where it is known, ``log`` a line of its output."""
+    ``message`` is for people, ``fraction`` 0 to 1 of the step when known, ``log`` a line of its output."""
 
     step: str
     message: str

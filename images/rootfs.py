@@ -31,8 +31,9 @@ AGENT_PATH = "/usr/lib/microvm/agent.py"
 BASE_PACKAGES = ("ca-certificates", "kmod", "python3")
 # Raise it when what is done with the same inputs changes.
 _LAYOUT = 1
-# Jobs read neither; licences stay.
-_TRIM = (
+# Manuals and translations are left out, licences stay. dpkg's fsyncs protect nothing here, nor in a job.
+_DPKG_OPTIONS = (
+    "force-unsafe-io",
     "path-exclude=/usr/share/man/*",
     "path-exclude=/usr/share/info/*",
     "path-exclude=/usr/share/locale/*",
@@ -68,7 +69,7 @@ class Contents(msgspec.Struct, frozen=True):
 
 def package_key(resolution: apt.Resolution) -> str:
     """The key of the first layer."""
-    words = [str(_LAYOUT), resolution.archive.suite, *resolution.archive.sources, *_TRIM]
+    words = [str(_LAYOUT), resolution.archive.suite, *resolution.archive.sources, *_DPKG_OPTIONS]
     words += [f"{package.name}={package.version}" for package in resolution.packages]
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]
 
@@ -97,7 +98,7 @@ async def get_packages(cache: Cache, resolution: apt.Resolution, wanted: tuple[s
         step(f"installing {len(resolution.packages)} packages of Debian {resolution.archive.suite}", 0.0)
         command = ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", "--verbose"]
         command += [f"--include={','.join(wanted)}", f"--aptopt={options}"]
-        command += [f"--dpkgopt={rule}" for rule in _TRIM]
+        command += [f"--dpkgopt={rule}" for rule in _DPKG_OPTIONS]
         # The host's way to its mirrors (a proxy, its password) must not travel in the image.
         command += ['--customize-hook=rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap"']
         command += [resolution.archive.suite, str(directory / "tree.tar"), "-"]
