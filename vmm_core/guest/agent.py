@@ -153,15 +153,18 @@ def overwrite(path: str, data: bytes) -> None:
     """Replace a small file's content in place: no new block, no rename, the least work for ext4."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if os.fstat(fd).st_size > len(data):
+        if os.lseek(fd, 0, os.SEEK_END) > len(data):  # a cold fstat costs milliseconds in a fresh fork
             os.ftruncate(fd, len(data))
-        os.write(fd, data)
+        os.pwrite(fd, data, 0)
     finally:
         os.close(fd)
 
 
 class System:
-    """The calls that change the whole machine, apart from the rest so that tests can replace them."""
+    """The calls that change the whole machine, apart from the rest so that tests can replace them.
+
+    What ``revive`` needs is opened once and stays open, so that forks find it open.
+    """
 
     RNDADDENTROPY = 0x40085203
     RNDRESEEDCRNG = 0x5207
@@ -172,6 +175,7 @@ class System:
         self.root = ""
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._boot_id_mounted = False
+        self._entropy = self._hostname = -1
 
     def call(self, name: str, *args: object) -> int:
         """A libc function that answers -1 and errno on failure. Raises OSError."""
@@ -183,12 +187,10 @@ class System:
 
     def add_entropy(self, seed: bytes) -> None:
         """Mix in and reseed; without the second call the generator goes on as in every other fork."""
-        fd = os.open("/dev/urandom", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.ioctl(fd, self.RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
-            fcntl.ioctl(fd, self.RNDRESEEDCRNG)
-        finally:
-            os.close(fd)
+        if self._entropy < 0:
+            self._entropy = os.open("/dev/urandom", os.O_RDWR | os.O_CLOEXEC)
+        fcntl.ioctl(self._entropy, self.RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+        fcntl.ioctl(self._entropy, self.RNDRESEEDCRNG)
 
     def set_clock(self, time_ns: int) -> int:
         """Set the wall clock (Unix ns); answers the step in ns."""
@@ -197,9 +199,13 @@ class System:
         return step
 
     def set_hostname(self, name: str) -> None:
-        raw = name.encode()
-        self.call("sethostname", raw, ctypes.c_size_t(len(raw)))
-        overwrite(self.root + "/etc/hostname", raw + b"\n")
+        self.set_kernel_hostname(name)
+        overwrite(self.root + "/etc/hostname", name.encode() + b"\n")
+
+    def set_kernel_hostname(self, name: str) -> None:
+        if self._hostname < 0:
+            self._hostname = os.open("/proc/sys/kernel/hostname", os.O_WRONLY | os.O_CLOEXEC)
+        os.pwrite(self._hostname, name.encode(), 0)
 
     def set_machine_id(self, machine_id: str) -> None:
         overwrite(self.root + "/etc/machine-id", machine_id.encode() + b"\n")

@@ -40,6 +40,11 @@ def recording(agent, record):
             self.note("set_clock", time_ns)
             return time_ns - time.time_ns()
 
+        def set_kernel_hostname(self, name):
+            self.note("hostname", name)
+            if "hostname" in self.real:
+                super().set_kernel_hostname(name)
+
         def call(self, name, *args):
             if name not in ("prctl", *self.real):
                 self.note(name, *[a.decode() for a in args if isinstance(a, bytes)])

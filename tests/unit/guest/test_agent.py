@@ -82,7 +82,7 @@ async def test_revive_does_everything_once(guest: Agent) -> None:
         second = await channel.revive(REVIVE)
     calls = guest.calls()
     assert [call[0] for call in calls] == [
-        "add_entropy", "set_clock", "sethostname", "mount", "add_entropy", "set_clock", "sethostname"
+        "add_entropy", "set_clock", "hostname", "mount", "add_entropy", "set_clock", "hostname"
     ]  # fmt: skip
     assert calls[0][1] == 64
     assert before <= int(str(calls[1][1])) <= time.time_ns()

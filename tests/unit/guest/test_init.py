@@ -43,7 +43,7 @@ async def test_as_pid_1_it_reaps_what_commands_leave_behind(tmp_path: Path) -> N
 async def test_real_hostname_and_boot_id_in_namespaces(tmp_path: Path) -> None:
     host = os.uname().nodename
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text()
-    real = {"REAL": "sethostname mount"}
+    real = {"REAL": "hostname mount"}
     async with run_agent(tmp_path / "g", prefix=UNSHARE, env=real) as guest, guest.channel() as channel:
         for n in range(2):
             revived = await channel.revive(REVIVE)
