@@ -65,7 +65,7 @@ class Cache:
                 await asyncio.to_thread(_settle, temporary)
                 temporary.rename(self.root / kind / key)
             except BaseException:
-                await asyncio.to_thread(shutil.rmtree, temporary, ignore_errors=True)
+                await asyncio.to_thread(_remove, temporary)
                 raise
             await asyncio.to_thread(self._prune, kind, key)
             return self.root / kind / key
@@ -111,7 +111,7 @@ class Cache:
             descriptor = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 if _try_lock(descriptor):
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove(path)
                     removed.append(path)
             finally:
                 os.close(descriptor)
@@ -123,7 +123,7 @@ class Cache:
         for path in entries[self._keep :]:
             doomed = path.with_name(f"{_BUILDING}{path.name}")
             path.rename(doomed)  # first out of sight in one step: half an entry must never be found
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(doomed)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -134,8 +134,19 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _empty(directory: Path) -> None:
+def _remove(directory: Path) -> None:
+    """Remove a tree, but never through a mount: what is behind one is not ours to delete."""
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    inside = [mount for mount in mounts if mount.startswith(f"{directory.resolve()}/")]
+    if inside:
+        raise BuildFailed(
+            f"{inside[0]} is mounted inside a directory to be removed. Unmount it and try again"
+        )
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _empty(directory: Path) -> None:
+    _remove(directory)
     directory.mkdir(parents=True)
 
 

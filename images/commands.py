@@ -16,7 +16,13 @@ _LINE_LIMIT = 64 << 10
 _TERM_GRACE_S = 10.0
 
 # Debian package that brings a program, where the two names differ.
-_PACKAGE_OF = {"mkfs.ext4": "e2fsprogs", "dpkg-deb": "dpkg", "apt-get": "apt", "setpriv": "util-linux"}
+_PACKAGE_OF = {
+    "mkfs.ext4": "e2fsprogs",
+    "dpkg-deb": "dpkg",
+    "apt-get": "apt",
+    "setpriv": "util-linux",
+    "unshare": "util-linux",
+}
 
 
 def require(program: str) -> str:
@@ -41,10 +47,10 @@ async def run(
     """Run a program to its end and return its standard output.
 
     ``on_line`` gets every line of standard error as it comes. ``env`` is added to ours. ``doing`` completes
-    "could not …". The program dies with us (SIGTERM), so that a killed bake leaves none running.
+    "could not …". The program is killed when we are, so that a dead bake leaves none running.
     Raises BuildFailed: program missing, non-zero exit (with its last lines), or ``timeout`` seconds over.
     """
-    command = [require("setpriv"), "--pdeathsig", "TERM", "--", require(argv[0]), *argv[1:]]
+    command = [require("setpriv"), "--pdeathsig", "KILL", "--", require(argv[0]), *argv[1:]]
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,

@@ -22,7 +22,18 @@ from vmm_core.errors import BadRequest
 from vmm_core.machine import BootImage, EgressRule
 from vmm_core.network.user import check_rules
 
-_TOOLS = ("apt-get", "chroot", "dpkg-deb", "fallocate", "lz4", "mkfs.ext4", "mmdebstrap", "setpriv", "tar")
+_TOOLS = (
+    "apt-get",
+    "chroot",
+    "dpkg-deb",
+    "fallocate",
+    "lz4",
+    "mkfs.ext4",
+    "mmdebstrap",
+    "setpriv",
+    "tar",
+    "unshare",
+)
 _LOCAL_CAS = Path("/usr/local/share/ca-certificates")
 _CHUNK = 1 << 20
 _MAX_TARBALL = 2 << 30

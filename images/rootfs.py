@@ -96,7 +96,18 @@ async def get_packages(cache: Cache, resolution: apt.Resolution, wanted: tuple[s
         options.write_text("\n".join(await apt.acquire_options()) + "\n")
         counter = _PackageCounter(len(resolution.packages), step)
         step(f"installing {len(resolution.packages)} packages of Debian {resolution.archive.suite}", 0.0)
-        command = ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", "--verbose"]
+        # In namespaces of its own: it mounts /proc, /sys and /dev into the tree, and when it is killed
+        # neither a mount nor a child of it may stay behind.
+        command = [
+            "unshare",
+            "--mount",
+            "--propagation=private",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
+        command += ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar", "--verbose"]
         command += [f"--include={','.join(wanted)}", f"--aptopt={options}"]
         command += [f"--dpkgopt={rule}" for rule in _DPKG_OPTIONS]
         # The host's way to its mirrors (a proxy, its password) must not travel in the image.
