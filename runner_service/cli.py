@@ -209,7 +209,7 @@ def serve(*, config: Path | None, data_dir: Path | None) -> int:
 
     from runner_service import daemon  # noqa: PLC0415
 
-    uvloop.run(daemon.serve(settings_of(config, data_dir)))
+    asyncio.run(daemon.serve(settings_of(config, data_dir)))
     return 0
 
 

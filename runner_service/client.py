@@ -1,10 +1,13 @@
 """The command line's view of a service: its API when it answers, else the database of the data directory, read-only."""
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import httpx
 import msgspec
 
 from runner_service import views
@@ -13,6 +16,7 @@ from runner_service.settings import Settings, SettingsError
 
 T = TypeVar("T")
 SERVICE_FILE = "service.json"
+_RESTART_SECONDS = 60.0
 
 
 class NotThereError(Exception):
@@ -38,8 +42,6 @@ class ServiceAnswer(msgspec.Struct, frozen=True):
 @contextlib.asynccontextmanager
 async def source(settings: Settings, api: str | None) -> AsyncGenerator[Source]:
     """The running service of these settings (or at ``api``); without one, its database."""
-    import httpx  # noqa: PLC0415
-
     address = api or announced(settings.data_dir)
     if address is not None:
         async with httpx.AsyncClient(base_url=address, timeout=httpx.Timeout(10.0, read=60.0)) as http:
@@ -49,7 +51,7 @@ async def source(settings: Settings, api: str | None) -> AsyncGenerator[Source]:
                 if api is not None:
                     raise SettingsError(f"no service answers at {api}: {error}") from error
             else:
-                yield _Api(http)
+                yield _Api(http, settings.data_dir)
                 return
     from runner_service.daemon import database_url  # noqa: PLC0415
     from runner_service.store.store import Store  # noqa: PLC0415
@@ -68,8 +70,6 @@ def announced(data_dir: Path) -> str | None:
 
 async def kill(settings: Settings, api: str | None, vm_id: str) -> bool:
     """Ask the service to end a VM; False when no service answers."""
-    import httpx  # noqa: PLC0415
-
     address = api or announced(settings.data_dir)
     if address is None:
         return False
@@ -78,15 +78,19 @@ async def kill(settings: Settings, api: str | None, vm_id: str) -> bool:
             answer = await http.post(f"/vms/{_quoted(vm_id)}/kill")
         except httpx.ConnectError:
             return False
+        except httpx.TransportError as error:
+            raise NotThereError(f"the service at {address} does not answer: {error}") from error
     if answer.status_code == 404:
         raise NotThereError(f"there is no VM {vm_id}: see microvm ps")
-    answer.raise_for_status()
+    if answer.is_error:
+        raise NotThereError(_detail(answer))
     return True
 
 
 class _Api:
-    def __init__(self, http: Any) -> None:
+    def __init__(self, http: httpx.AsyncClient, data_dir: Path) -> None:
         self._http = http
+        self._data_dir = data_dir
 
     async def jobs(self, limit: int) -> list[views.JobView]:
         return await self._get("/jobs", list[views.JobView], limit=limit)
@@ -98,11 +102,29 @@ class _Api:
         return await self._get("/vms", list[views.VmView])
 
     async def log(self, job: str, *, follow: bool) -> AsyncIterator[bytes]:
-        params = {"follow": "true" if follow else "false"}
+        """Followed, it outlives a restart of the service: it goes on where it was cut."""
+        offset = 0
+        cut_at: float | None = None
+        while True:
+            try:
+                async for piece in self._stream(job, offset, follow=follow):
+                    offset += len(piece)
+                    cut_at = None
+                    yield piece
+            except httpx.TransportError as error:
+                cut_at = cut_at or time.monotonic()
+                if not follow or time.monotonic() - cut_at > _RESTART_SECONDS:
+                    raise NotThereError(f"the service at {self._http.base_url} went away: {error}") from error
+                await asyncio.sleep(0.5)
+                self._http.base_url = announced(self._data_dir) or self._http.base_url
+            else:
+                return
+
+    async def _stream(self, job: str, offset: int, *, follow: bool) -> AsyncIterator[bytes]:
+        params = {"follow": "true" if follow else "false", "offset": str(offset)}
         # A quiet job is silent for hours; the service ends the stream, or the connection breaks.
-        async with self._http.stream(
-            "GET", f"/jobs/{_quoted(job)}/log", params=params, timeout=None if follow else 60.0
-        ) as answer:
+        path = f"/jobs/{_quoted(job)}/log"
+        async with self._http.stream("GET", path, params=params, timeout=None if follow else 60.0) as answer:
             if answer.status_code != 200:
                 await answer.aread()
                 raise NotThereError(_detail(answer))
@@ -110,7 +132,10 @@ class _Api:
                 yield piece
 
     async def _get(self, path: str, kind: type[T], **params: Any) -> T:
-        answer = await self._http.get(path, params=params)
+        try:
+            answer = await self._http.get(path, params=params)
+        except httpx.TransportError as error:
+            raise NotThereError(f"the service at {self._http.base_url} does not answer: {error}") from error
         if answer.status_code != 200:
             raise NotThereError(_detail(answer))
         return msgspec.json.decode(answer.content, type=kind)

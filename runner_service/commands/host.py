@@ -1,10 +1,8 @@
 """``microvm doctor | bake | templates``: what this host offers and holds."""
 
-import importlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -14,13 +12,13 @@ from images.catalog import templates as list_templates
 from images.events import BakeEvent
 from images.recipe import load_recipe
 from runner_service.commands import show
+from vmm_core.doctor import check
 from vmm_core.engine import Engine
 
 
 async def doctor(data_dir: Path, *, as_json: bool) -> int:
     """Print the findings; 1 when something is missing that the service cannot do without."""
-    check: Any = importlib.import_module("vmm_core.doctor").check
-    findings: list[Any] = await check(data_dir)
+    findings = await check(data_dir)
     if as_json:
         show.print_json(findings)
     else:

@@ -1,0 +1,122 @@
+"""Settings: every mistake names the source, the key, and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from runner_service import settings
+from runner_service.settings import SettingsError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "microvm.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        [service]
+        listen = "0.0.0.0:9000"
+        [github]
+        base_url = "https://ghe.example"
+        token_env = "GH_TOKEN"
+        repositories = ["o/*", "p/q"]
+        [runners]
+        max_vms = 4
+        egress = [{host = "forge", port = 8080, via = "127.0.0.1:1234"}]
+        """,
+    )
+    env = {
+        "MICROVM_RUNNERS_MAX_VMS": "6",
+        "MICROVM_DATA_DIR": "/data",
+        "MICROVM_RUNNERS_EXTRA_LABELS": "a, b",
+    }
+    found = settings.load(path, env)
+    assert found.listen == ("0.0.0.0", 9000) and found.data_dir == Path("/data")
+    assert found.runners.max_vms == 6 and found.runners.extra_labels == ("a", "b")
+    assert found.runners.egress is not None and found.runners.egress[0].via == "127.0.0.1:1234"
+    assert found.github is not None and found.github.repositories == ("o/*", "p/q")
+    assert found.service.name
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[servce]\n", ["unknown section [servce]", "'service'"]),
+        ("[service]\nlisen = '1'\n", ["[service]", "'lisen'", "'listen'"]),
+        ("[service]\nqqq = 1\n", ["'qqq'", "allowed", "data_dir"]),
+        ("[service]\nlisten = 8470\n", ["[service] listen", "str"]),
+        ("[service]\nlisten = 'here'\n", ["listen", "ADDRESS:PORT"]),
+        ("[service]\nlog_format = 'xml'\n", ["log_format", "json", "console"]),
+        ("[runners]\nmax_vms = 'many'\n", ["[runners] max_vms", "int", "many"]),
+        ("[runners]\nmax_vms = 0\n", ["max_vms", "at least 1"]),
+        ("[runners]\negress = [{host = 'x'}]\n", ["egress", "port"]),
+        ("[github]\n", ["[github]", "token_file"]),
+        ("[github]\napp_id = '1'\n", ["app_id", "private_key_file"]),
+        ("[github]\ntoken_env = 'A'\nrepositories = ['o']\n", ["repositories", "'o'"]),
+        ("[github]\ntoken_env = 'A'\nbase_url = 'ftp://x'\n", ["base_url", "https://"]),
+        ("[service]\ndatabase_url = 'postgresql://u:p@h/d'\n", ["database_url", "database_url_env"]),
+        ("service = 1\n", ["[service]", "table"]),
+        ("[service\n", ["not valid TOML"]),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(SettingsError) as raised:
+        settings.load(path, {})
+    assert str(path) in str(raised.value)
+    for word in words:
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("MICROVM_RUNNERS_MAX_VMS", "x", ["MICROVM_RUNNERS_MAX_VMS", "int"]),
+        ("MICROVM_RUNNERS_MAX_VM", "1", ["MICROVM_RUNNERS_MAX_VM", "max_vms"]),
+        ("MICROVM_SERVICE_LOG_LEVEL", "loud", ["MICROVM_SERVICE_LOG_LEVEL", "debug"]),
+    ],
+)
+def test_a_mistake_in_the_environment_is_named(name: str, value: str, words: list[str]) -> None:
+    with pytest.raises(SettingsError) as raised:
+        settings.load(Path("/dev/null"), {name: value})
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_other_variables_of_the_prefix_are_left_alone() -> None:
+    settings.load(Path("/dev/null"), {"MICROVM_TEST_IMAGE": "x", "MICROVM_API": "y", "MICROVM_CONFIG": "z"})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nope\.toml"):
+        settings.load(tmp_path / "nope.toml", {})
+
+
+def test_secrets_come_from_files_only_their_owner_reads(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("hush\n")
+    secret.chmod(0o640)
+    with pytest.raises(SettingsError, match="chmod 600"):
+        settings.read_secret(file=str(secret), variable="", what="github.token_file")
+    secret.chmod(0o600)
+    assert settings.read_secret(file=str(secret), variable="", what="x") == "hush"
+    secret.write_text(" \n")
+    with pytest.raises(SettingsError, match="is empty"):
+        settings.read_secret(file=str(secret), variable="", what="x")
+    with pytest.raises(SettingsError, match="NO_SUCH"):
+        settings.read_secret(file="", variable="NO_SUCH", what="x", environ={})
+    assert settings.read_secret(file="", variable="", what="x") is None
+
+
+def test_several_webhook_secrets_while_one_is_rotated(tmp_path: Path) -> None:
+    for name in ("new", "old"):
+        (tmp_path / name).write_text(name)
+        (tmp_path / name).chmod(0o600)
+    github = settings.GitHubSettings(
+        webhook_secret_files=(str(tmp_path / "new"), str(tmp_path / "old")), webhook_secret_env="THIRD"
+    )
+    assert settings.webhook_secrets(github, {"THIRD": "third"}) == ("new", "old", "third")
