@@ -8,6 +8,7 @@ import asyncio
 import re
 import secrets
 import time
+import uuid
 from collections.abc import AsyncIterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,7 +36,8 @@ class Revive(msgspec.Struct, frozen=True):
 
     ``token`` names the VM instance: a later host process that says hello with the same one needs no second
     revive. ``machine_id``: 32 hexadecimal digits. ``hosts``: name → address, into /etc/hosts. ``entropy``
-    (64 bytes) and ``time_ns`` (Unix) are taken afresh at the moment of sending when left out.
+    (64 bytes), ``boot_id`` (a UUID) and ``time_ns`` (Unix) are taken afresh when left out, at the moment of
+    sending.
     """
 
     token: str
@@ -43,6 +45,7 @@ class Revive(msgspec.Struct, frozen=True):
     machine_id: str
     hosts: Mapping[str, str] = {}
     entropy: bytes | None = None
+    boot_id: str | None = None
     time_ns: int | None = None
 
     def __repr__(self) -> str:
@@ -87,6 +90,7 @@ class Channel:
             time_ns=revive.time_ns or time.time_ns(),
             hostname=revive.hostname,
             machine_id=revive.machine_id,
+            boot_id=revive.boot_id or str(uuid.uuid4()),
             hosts=dict(revive.hosts),
         )
         return await self._link.ask(request, wire.Revived, timeout)

@@ -81,6 +81,7 @@ class ReviveRequest(Message, frozen=True, tag="revive"):
     time_ns: int
     hostname: str
     machine_id: str
+    boot_id: str
     hosts: dict[str, str]
 
     def __repr__(self) -> str:  # the entropy is nobody's business

@@ -68,4 +68,5 @@ if __name__ == "__main__":
     for directory in ("etc", "run"):
         os.makedirs(f"{record}/{directory}", exist_ok=True)
     module = load(agent_path)
+    module.ZYGOTE_USER = os.environ.get("ZYGOTE_USER", module.ZYGOTE_USER)
     module.main(options, recording(module, record))

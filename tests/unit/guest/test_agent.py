@@ -88,7 +88,7 @@ async def test_revive_does_everything_once(guest: Agent) -> None:
     assert before <= int(str(calls[1][1])) <= time.time_ns()
     assert abs(first.clock_step_ns) < 1e9
     assert first.boot_id != second.boot_id
-    assert (guest.record / "run/microvm-boot-id").read_text() == second.boot_id + "\n"
+    assert (guest.record / "run/microvm/boot_id").read_text() == second.boot_id + "\n"
     assert (guest.record / "etc/hostname").read_text() == "fork-1\n"
     assert (guest.record / "etc/machine-id").read_text() == REVIVE.machine_id + "\n"
     assert "127.0.0.1 localhost fork-1" in (guest.record / "etc/hosts").read_text()
