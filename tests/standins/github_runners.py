@@ -101,6 +101,7 @@ class RunnerApi:
 
     async def _message(self, runner: Runner, wait: float) -> Response:
         runner.polling += 1
+        self.actions.changed()
         try:
             async with asyncio.timeout(wait):
                 while (job := self.actions.message(runner)) is None:

@@ -1,0 +1,282 @@
+"""Our client and the stand-in, both held to GitHub's own OpenAPI document: every request and every answer."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from github_webhook.app_auth import AppAuth, Scope
+from github_webhook.errors import Conflict, Forbidden, NotFound, Unavailable
+from github_webhook.github import GitHub
+from tests.standins.github_official import openapi
+from tests.standins.github_world import LABELS, OWNER, REPO, SCOPE, ForgeWorld, forge_world
+from tests.standins.openapi import CheckedTransport, OpenApi
+
+pytestmark = pytest.mark.anyio
+
+WORKFLOW = """\
+name: CI
+jobs:
+  one: {runs-on: microvm, steps: [{run: "true"}]}
+  two: {runs-on: [microvm, gpu], steps: [{run: "true"}]}
+  late: {runs-on: microvm, needs: one, steps: [{run: "true"}]}
+"""
+
+ENTERPRISE = Scope("enterprise", "octo-corp")
+SCOPES = [SCOPE, Scope.organization(OWNER), ENTERPRISE]
+
+
+class World(ForgeWorld):
+    checked: CheckedTransport
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[OpenApi]:
+    return [OpenApi(openapi()), OpenApi(openapi("ghec"))]
+
+
+@pytest.fixture
+async def world(tmp_path: Path, documents: list[OpenApi]) -> AsyncIterator[World]:
+    checked = CheckedTransport(httpx.AsyncHTTPTransport(), *documents)
+    async with forge_world(tmp_path, WORKFLOW, transport=checked) as made:
+        made.__class__ = World
+        made.checked = checked  # type: ignore[attr-defined]
+        yield made  # type: ignore[misc]
+    assert checked.problems == []
+    assert checked.checked
+
+
+def app_client(world: World) -> GitHub:
+    app = world.forge.add_app(OWNER)
+    auth = AppAuth(
+        client_id=app.client_id,
+        private_key_pem=app.private_key_pem,
+        http=world.http,
+        base_url=world.forge.url,
+    )
+    return GitHub(auth=auth, http=world.http, base_url=world.forge.url)
+
+
+@pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope.kind)
+async def test_the_life_of_a_registration(world: World, scope: Scope) -> None:
+    github = world.github
+    made = await github.generate_jit_config(scope, name="r1", labels=LABELS)
+    assert made.name == "r1" and made.encoded_jit_config
+    found = await github.find_runner(scope, "R1")
+    assert found is not None and found.id == made.runner_id
+    assert (found.online, found.busy, found.labels, found.ephemeral) == (False, False, LABELS, True)
+    assert await github.get_runner(scope, made.runner_id) == found
+    assert await github.find_runner(scope, "r2") is None
+    assert await github.delete_runner(scope, made.runner_id) == "deleted"
+    assert await github.delete_runner(scope, made.runner_id) == "gone"
+    assert await github.get_runner(scope, made.runner_id) is None
+
+
+async def test_as_an_app(world: World) -> None:
+    github = app_client(world)
+    made = await github.generate_jit_config(SCOPE, name="r1", labels=LABELS)
+    assert await github.get_runner(SCOPE, made.runner_id)
+    with pytest.raises(NotFound):
+        await github.find_runner(Scope.organization("elsewhere"), "r1")
+    assert any("access_tokens 201" in call for call in world.checked.checked)
+
+
+async def test_under_the_address_of_an_enterprise_server(tmp_path: Path, documents: list[OpenApi]) -> None:
+    checked = CheckedTransport(httpx.AsyncHTTPTransport(), *documents, prefix="/api/v3")
+    async with forge_world(tmp_path, WORKFLOW, transport=checked) as world:
+        app = world.forge.add_app(OWNER)
+        base = f"{world.forge.url}/api/v3"
+        auth = AppAuth(
+            client_id=app.client_id, private_key_pem=app.private_key_pem, http=world.http, base_url=base
+        )
+        github = GitHub(auth=auth, http=world.http, base_url=base)
+        made = await github.generate_jit_config(SCOPE, name="r1", labels=LABELS)
+        assert await github.delete_runner(SCOPE, made.runner_id) == "deleted"
+    assert checked.problems == []
+
+
+async def test_a_name_that_exists(world: World) -> None:
+    first = await world.github.generate_jit_config(SCOPE, name="r1", labels=LABELS)
+    with pytest.raises(Conflict):
+        await world.github.generate_jit_config(SCOPE, name="R1", labels=LABELS)
+    second = await world.github.generate_jit_config(SCOPE, name="r1", labels=LABELS, replace=True)
+    assert second.runner_id != first.runner_id
+    assert await world.github.get_runner(SCOPE, first.runner_id) is None
+    # The same name elsewhere is another runner.
+    await world.github.generate_jit_config(Scope.organization(OWNER), name="r1", labels=LABELS)
+
+
+async def test_a_registration_whose_answer_was_lost_is_replaced(world: World) -> None:
+    world.forge.fault("POST */generate-jitconfig", drop="after")
+    with pytest.raises(Unavailable):
+        await world.github.generate_jit_config(SCOPE, name="r1", labels=LABELS, replace=True)
+    lost = await world.github.find_runner(SCOPE, "r1")
+    made = await world.github.generate_jit_config(SCOPE, name="r1", labels=LABELS, replace=True)
+    assert lost is not None and made.runner_id != lost.id
+    assert len(world.forge.actions.runners) == 1
+
+
+async def test_a_busy_runner_is_neither_deleted_nor_replaced(world: World) -> None:
+    run = await world.forge.queue_run(OWNER, REPO)
+    made = await world.github.generate_jit_config(SCOPE, name="r1", labels=LABELS)
+    runner = world.forge.actions.runners[made.runner_id]
+    world.forge.actions.open_session(runner, "2.329.0")
+    world.forge.actions.acquire(runner, run.jobs[0])
+    assert await world.github.delete_runner(SCOPE, made.runner_id) == "busy"
+    with pytest.raises(Conflict):
+        await world.github.generate_jit_config(SCOPE, name="r1", labels=LABELS, replace=True)
+    job = await world.github.get_job(OWNER, REPO, run.jobs[0].id)
+    assert job is not None and (job.status, job.runner_id, job.runner_name) == (
+        "in_progress",
+        made.runner_id,
+        "r1",
+    )
+
+
+async def test_queued_jobs_are_found_in_every_unfinished_run(world: World) -> None:
+    run = await world.forge.queue_run(OWNER, REPO)
+    again = await world.forge.queue_run(OWNER, REPO)
+    one, two = run.jobs
+    runner = world.forge.actions.register("repository", OWNER, REPO, "r1", ["microvm"], "_work")
+    world.forge.actions.open_session(runner, "2.329.0")
+    world.forge.actions.acquire(runner, one)
+    queued = await world.github.queued_jobs(OWNER, REPO)
+    assert [job.id for job in queued] == [two.id, *(job.id for job in again.jobs)]
+    assert queued[0].labels == ("microvm", "gpu") and queued[0].run_attempt == 1
+    assert queued[0].head_sha == run.sha and queued[0].created_at is not None
+    world.forge.actions.complete(runner, one, "success", [])
+    assert [job.name for job in await world.github.queued_jobs(OWNER, REPO)][:2] == ["two", "late"]
+    assert await world.github.get_job(OWNER, REPO, 4711) is None
+
+
+async def test_more_than_a_page(world: World) -> None:
+    for number in range(101):
+        world.forge.actions.register("repository", OWNER, REPO, f"r{number}", ["x"], "_work")
+    # Servers that do not know the filter answer with everything.
+    found = await world.github.find_runner(SCOPE, "r100")
+    assert found is not None and found.name == "r100"
+    for _ in range(51):
+        await world.forge.queue_run(OWNER, REPO)
+    assert len(await world.github.queued_jobs(OWNER, REPO)) == 102
+
+
+async def test_run_a_job_again(world: World) -> None:
+    run = await world.forge.queue_run(OWNER, REPO)
+    with pytest.raises(Forbidden):
+        await world.github.rerun_job(OWNER, REPO, run.jobs[0].id)
+    world.forge.actions.cancel(run)
+    await world.github.rerun_job(OWNER, REPO, run.jobs[0].id)
+    (queued,) = await world.github.queued_jobs(OWNER, REPO)
+    assert queued.run_attempt == 2 and queued.id != run.jobs[0].id
+
+
+async def test_what_is_not_there(world: World) -> None:
+    nowhere = Scope.repository(OWNER, "nowhere")
+    with pytest.raises(NotFound):
+        await world.github.generate_jit_config(nowhere, name="r1", labels=LABELS)
+    with pytest.raises(NotFound):
+        await world.github.queued_jobs(OWNER, "nowhere")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"runner_group_id": 1, "labels": ["x"]},
+        {"name": "r", "labels": ["x"]},
+        {"name": "r", "runner_group_id": 1, "labels": []},
+        {"name": "r", "runner_group_id": 1, "labels": ["x"] * 101},
+        {"name": "r", "runner_group_id": 1, "labels": [1]},
+    ],
+)
+async def test_the_stand_in_refuses_what_github_would(
+    tmp_path: Path, documents: list[OpenApi], body: Any
+) -> None:
+    async with forge_world(tmp_path) as world:
+        url = f"{world.forge.url}/repos/{OWNER}/{REPO}/actions/runners/generate-jitconfig"
+        headers = {"authorization": f"Bearer {world.forge.token}"}
+        response = await world.http.post(url, json=body, headers=headers)
+    assert response.status_code == 422
+    wrong = documents[0].check_exchange(response.request, 422, response.headers, response.content)
+    assert wrong and all("request" in problem for problem in wrong), "the answer is right, the request is not"
+
+
+async def test_the_rest_of_the_stand_ins_routes(world: World) -> None:
+    """Routes our client does not call yet, but later parts will; held to the document all the same."""
+    run = await world.forge.queue_run(OWNER, REPO)
+    await world.forge.webhooks.settled()
+    app = world.forge.add_app(OWNER)
+    auth = AppAuth(client_id=app.client_id, private_key_pem=app.private_key_pem, http=world.http)
+    base = f"{world.forge.url}/repos/{OWNER}/{REPO}/actions/runs/{run.id}"
+    headers = {"authorization": f"Bearer {world.forge.token}"}
+    assert (await world.http.get(base, headers=headers)).json()["status"] == "queued"
+    assert (await world.http.post(f"{base}/cancel", headers=headers)).status_code == 202
+    assert (await world.http.post(f"{base}/cancel", headers=headers)).status_code == 409
+    assert (await world.http.get(base, headers=headers)).json()["conclusion"] == "cancelled"
+    hook = f"{world.forge.url}/app/hook/deliveries"
+    listed = (await world.http.get(hook, headers=auth.app_headers())).json()
+    assert {(d["event"], d["status"]) for d in listed} == {("workflow_job", "failed to connect")}
+    again = await world.http.post(f"{hook}/{listed[-1]['id']}/attempts", headers=auth.app_headers())
+    assert again.status_code == 202
+    assert len({d.guid for d in world.forge.webhooks.sent}) == len(world.forge.webhooks.sent) - 1
+
+
+async def test_limits_are_told_and_kept(world: World) -> None:
+    response = await world.http.get(
+        f"{world.forge.url}/repos/{OWNER}/{REPO}/actions/runners",
+        headers={"authorization": f"Bearer {world.forge.token}"},
+    )
+    assert response.headers["x-ratelimit-remaining"] == "4999"
+    assert response.headers["x-github-request-id"]
+    anonymous = await world.http.get(f"{world.forge.url}/repos/{OWNER}/{REPO}/actions/runners")
+    assert anonymous.status_code == 401
+
+
+# -- the judge itself ----------------------------------------------------------------------------
+
+RUNNER = {"id": 1, "name": "r", "os": "linux", "status": "online", "busy": False, "labels": []}
+JIT = {"runner": RUNNER, "encoded_jit_config": "x"}
+ASKED = {"name": "r", "runner_group_id": 1, "labels": ["x"]}
+PATH = "/repos/o/r/actions/runners/generate-jitconfig"
+RUNS = "/repos/o/r/actions/runs"
+NONE = {"total_count": 0, "workflow_runs": []}
+ODD_LABEL = {**RUNNER, "labels": [{"type": "custom"}]}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "asked", "status", "said", "wrong"),
+    [
+        ("POST", PATH, ASKED, 201, JIT, None),
+        ("POST", PATH, ASKED, 201, {"runner": RUNNER}, "'encoded_jit_config' is a required property"),
+        ("POST", PATH, ASKED, 201, {**JIT, "runner": {**RUNNER, "id": "1"}}, "$.runner.id"),
+        ("POST", PATH, ASKED, 201, {**JIT, "runner": ODD_LABEL}, "labels[0]"),
+        ("POST", PATH, ASKED, 201, {**JIT, "runner": {**RUNNER, "version": None}}, None),
+        ("POST", PATH, ASKED, 201, {**JIT, "runner": {**RUNNER, "status": None}}, "$.runner.status"),
+        ("POST", PATH, ASKED, 200, JIT, "status 200 is not documented"),
+        ("POST", PATH, ASKED, 401, {"message": "no"}, None),
+        ("POST", PATH, ASKED, 401, {"message": 5}, "401"),
+        ("POST", PATH, None, 201, JIT, "no body"),
+        ("POST", PATH, {**ASKED, "labels": []}, 201, JIT, "request"),
+        ("POST", PATH, {**ASKED, "lables": []}, 201, JIT, "lables is not documented"),
+        ("GET", RUNS + "?status=queued&page=1", None, 200, NONE, None),
+        ("GET", RUNS + "?status=sleepy", None, 200, NONE, "status"),
+        ("GET", RUNS + "?state=queued", None, 200, NONE, "state is not"),
+        ("GET", "/repos/o/r/actions/runners/five", None, 200, RUNNER, "runner_id"),
+        ("GET", "/repos/o/r/actions/runers", None, 200, {}, "not an operation"),
+        ("DELETE", "/repos/o/r/actions/runners/5", None, 204, None, None),
+        ("DELETE", "/repos/o/r/actions/runners/5", None, 204, {}, "no body"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_or_answer_is_found(
+    documents: list[OpenApi], method: str, path: str, asked: Any, status: int, said: Any, wrong: str | None
+) -> None:
+    request = httpx.Request(method, "https://api.github.com" + path, json=asked)
+    body = b"" if said is None else json.dumps(said).encode()
+    headers = httpx.Headers({"content-type": "application/json"})
+    found = documents[0].check_exchange(request, status, headers, body)
+    if wrong is None:
+        assert found == []
+    else:
+        assert any(wrong in problem for problem in found), found
