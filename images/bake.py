@@ -61,6 +61,20 @@ async def bake(
     return await _Bake(engine, recipe, progress).run(force=force)
 
 
+async def root_disk(engine: Engine, recipe: Recipe, *, progress: Callable[[BakeEvent], None]) -> BootImage:
+    """What a bake of the recipe boots: kernel, initramfs and root disk, made where missing. Errors as ``bake``."""
+    return await _Bake(engine, recipe, progress).root_disk()
+
+
+@contextlib.asynccontextmanager
+async def warm_machine(
+    engine: Engine, recipe: Recipe, *, progress: Callable[[BakeEvent], None]
+) -> AsyncGenerator[RunningVm]:
+    """A machine as a bake has it before its snapshot: booted cold, warm steps done. Errors as ``bake``."""
+    async with _Bake(engine, recipe, progress).warm_machine() as vm:
+        yield vm
+
+
 class _Bake:
     def __init__(self, engine: Engine, recipe: Recipe, progress: Callable[[BakeEvent], None]) -> None:
         self._engine = engine
@@ -72,9 +86,8 @@ class _Bake:
         self._execs = 0
 
     async def run(self, *, force: bool) -> Baked:
-        with self._named("check") as step:
-            await self._sweep()
-            plan = await make_plan(self._engine, self._cache, self._recipe, step)
+        plan = await self._plan()
+        step = Step("check", self._progress)
 
         def waiting() -> None:
             step("waiting for another process that bakes the same template")
@@ -121,26 +134,56 @@ class _Bake:
         return self._engine.driver.snapshot_fits(manifest.machine, manifest.accel, saved) is None
 
     async def _make(self, plan: Plan) -> Snapshot:
-        recipe = self._recipe
+        job_rules, _ = await self._rules()
+        async with self._warmed(plan) as vm:
+            version = await self._runner(vm) if self._recipe.runner is not None else None
+            await self._settle(vm)
+            with self._named("snapshot") as step:
+                step("saving memory and disk")
+                return await self._engine.snapshot(
+                    vm,
+                    digest=self._digest(plan.inputs),
+                    labels=self._labels(plan, version),
+                    name=self._recipe.name,
+                    # Forks are open to what jobs may reach, not to what the warm steps needed.
+                    allow=job_rules,
+                )
+
+    async def root_disk(self) -> BootImage:
+        return await self._image(await self._plan())
+
+    @contextlib.asynccontextmanager
+    async def warm_machine(self) -> AsyncGenerator[RunningVm]:
+        async with self._warmed(await self._plan()) as vm:
+            yield vm
+
+    async def _plan(self) -> Plan:
+        with self._named("check") as step:
+            await self._sweep()
+            return await make_plan(self._engine, self._cache, self._recipe, step)
+
+    async def _rules(self) -> tuple[tuple[EgressRule, ...], tuple[EgressRule, ...]]:
+        """What jobs may reach, and what the warm steps may."""
+        with self._named("egress") as step:
+            warm_rules, job_rules = await open_rules(self._recipe, step)
+        return job_rules, warm_rules
+
+    async def _image(self, plan: Plan) -> BootImage:
         with self._named("packages") as step:
             tree = await rootfs.get_packages(self._cache, plan.resolution, plan.wanted, step)
         with self._named("rootfs") as step:
             disk = await rootfs.get_disk(self._cache, tree, plan.kernel, plan.contents, step)
-            warm_rules, job_rules = await open_rules(recipe, step)
-        image = BootImage(kernel=plan.kernel.vmlinux, initrd=plan.kernel.initrd, disk=disk)
-        async with self._booted(image, _opened(recipe.machine, warm_rules), plan.inputs) as vm:
-            for warm in recipe.warm:
+        return BootImage(kernel=plan.kernel.vmlinux, initrd=plan.kernel.initrd, disk=disk)
+
+    @contextlib.asynccontextmanager
+    async def _warmed(self, plan: Plan) -> AsyncGenerator[RunningVm]:
+        """A machine booted from the root disk on which the warm steps have run."""
+        image = await self._image(plan)
+        _, warm_rules = await self._rules()
+        async with self._booted(image, _opened(self._recipe.machine, warm_rules), plan.inputs) as vm:
+            for warm in self._recipe.warm:
                 await self._warm(vm, warm)
-            version = await self._runner(vm) if recipe.runner is not None else None
-            await self._settle(vm)
-            # What the engine publishes is the machine of the record: forks are open to what jobs may reach,
-            # not to what the warm steps needed.
-            vm.record = msgspec.structs.replace(vm.record, machine=_opened(recipe.machine, job_rules))
-            with self._named("snapshot") as step:
-                step("saving memory and disk")
-                return await self._engine.snapshot(
-                    vm, digest=self._digest(plan.inputs), labels=self._labels(plan, version), name=recipe.name
-                )
+            yield vm
 
     def _digest(self, inputs: str) -> str:
         """The inputs' own digest; another where that is taken (a forced bake): digests are immutable."""

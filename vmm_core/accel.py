@@ -41,7 +41,7 @@ async def choose(driver: DriverInfo, image: BootImage, cache: Path) -> AccelChoi
         accel="kvm" if heard else "tcg",
         why="a kernel booted under KVM"
         if heard
-        else f"/dev/kvm is there, but a kernel printed nothing under it within {PROBE_SECONDS:.0f} s (nested without support?)",
+        else f"/dev/kvm is there, but a kernel printed nothing under it within {PROBE_SECONDS:.0f} s",
         key=key,
     )
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,8 @@ def cached(cache: Path) -> AccelChoice | None:
 
 def _key(driver: DriverInfo, image: BootImage) -> str:
     kernel = image.kernel.stat()
-    facts = f"{driver.version} {platform.release()} {kernel.st_size} {Path('/proc/sys/kernel/random/boot_id').read_text()}"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    facts = f"{driver.version} {platform.release()} {kernel.st_size} {boot}"
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
@@ -77,7 +78,16 @@ async def _probe(driver: DriverInfo, image: BootImage) -> bool:
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
             driver.binary,
-            *("-M", "microvm,x-option-roms=off,rtc=on,acpi=on", "-accel", "kvm", "-cpu", "host", "-m", "256M"),
+            *(
+                "-M",
+                "microvm,x-option-roms=off,rtc=on,acpi=on",
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host",
+                "-m",
+                "256M",
+            ),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
             *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
             *("-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=t rdinit=/probe-only"),
@@ -87,7 +97,7 @@ async def _probe(driver: DriverInfo, image: BootImage) -> bool:
         )
         try:
             async with asyncio.timeout(PROBE_SECONDS):
-                return await _hears(process)
+                return await _hears(process.stdout)
         except TimeoutError:
             return False
         finally:
@@ -96,10 +106,9 @@ async def _probe(driver: DriverInfo, image: BootImage) -> bool:
             await process.wait()
 
 
-async def _hears(process: asyncio.subprocess.Process) -> bool:
+async def _hears(serial: asyncio.StreamReader | None) -> bool:
     heard = b""
-    assert process.stdout is not None
-    while data := await process.stdout.read(4096):
+    while serial is not None and (data := await serial.read(4096)):
         heard = (heard + data)[-65536:]
         if _HEARD in heard:
             return True

@@ -35,8 +35,8 @@ def usage(pid: int, disk: Path) -> VmUsage:
 
 def _mappings(pid: int) -> tuple[dict[str, int], dict[str, int]]:
     """The sums of _FIELDS in bytes, for guest memory and for everything else of the process."""
-    guest = dict.fromkeys(_FIELDS, 0)
-    vmm = dict.fromkeys(_FIELDS, 0)
+    guest: dict[str, int] = dict.fromkeys(_FIELDS, 0)
+    vmm: dict[str, int] = dict.fromkeys(_FIELDS, 0)
     current = vmm
     with Path(f"/proc/{pid}/smaps").open() as lines:
         for line in lines:

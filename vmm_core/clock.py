@@ -19,7 +19,7 @@ def tsc_khz() -> int:
         page.write(_RDTSC)
         anchor = ctypes.c_char.from_buffer(page)
         rdtsc = ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(anchor))
-        rdtsc(), time.monotonic_ns()  # the first call of each is slow
+        ticks, nanoseconds = rdtsc(), time.monotonic_ns()  # once for nothing: the first calls are slow
         ticks, nanoseconds = rdtsc(), time.monotonic_ns()
         time.sleep(0.05)
         ticks, nanoseconds = rdtsc() - ticks, time.monotonic_ns() - nanoseconds

@@ -16,7 +16,7 @@ import fcntl
 import os
 import shutil
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Literal
 
@@ -103,7 +103,9 @@ def clone_file(source: Path, target: Path) -> Literal["reflink", "copy"]:
     except OSError as error:
         target.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PoolFull(f"no room to clone {source.name} into {target.parent}: {error.strerror}") from error
+            raise PoolFull(
+                f"no room to clone {source.name} into {target.parent}: {error.strerror}"
+            ) from error
         raise
 
 
@@ -167,7 +169,7 @@ def private_bytes(path: Path) -> int:
 
 
 @contextlib.asynccontextmanager
-async def open_pool(data_dir: Path) -> AsyncIterator[Pool]:
+async def open_pool(data_dir: Path) -> AsyncGenerator[Pool]:
     """Open (making and mounting it where needed) the pool of ``data_dir``.
 
     Raises HostUnfit when the directory cannot be made or written, PoolFull when its disk is full.
@@ -201,7 +203,7 @@ def _unusable(data_dir: Path, error: OSError) -> HostUnfit:
 
 
 @contextlib.asynccontextmanager
-async def _turn(data_dir: Path, deadline: float = 120.0) -> AsyncIterator[None]:
+async def _turn(data_dir: Path, deadline: float = 120.0) -> AsyncGenerator[None]:
     """One process at a time mounts or unmounts the pool of ``data_dir``."""
     fd = os.open(data_dir / "pool.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -269,7 +271,9 @@ async def _loop_pool(data_dir: Path, root: Path) -> Pool:
         if not image.exists():
             problem = await _make_loop_image(image)
         if problem is None:
-            problem = await _run("mount", "-t", "xfs", "-o", "loop,noatime,discard,nosuid,nodev", str(image), str(root))
+            problem = await _run(
+                "mount", "-t", "xfs", "-o", "loop,noatime,discard,nosuid,nodev", str(image), str(root)
+            )
         if problem is None:
             return Pool(root=root, kind="xfs-loop")
     if image.exists():
@@ -327,7 +331,10 @@ async def _run(*argv: str) -> str | None:
     """Run a system tool; its complaint as one line, or None when it succeeded."""
     try:
         process = await asyncio.create_subprocess_exec(
-            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
         )
     except FileNotFoundError:
         return f"{argv[0]} is not installed"
@@ -340,4 +347,7 @@ async def _run(*argv: str) -> str | None:
         return f"{argv[0]} took longer than 60 s"
     if process.returncode == 0:
         return None
-    return " ".join(output.decode(errors="replace").split())[:300] or f"{argv[0]} exited with {process.returncode}"
+    return (
+        " ".join(output.decode(errors="replace").split())[:300]
+        or f"{argv[0]} exited with {process.returncode}"
+    )

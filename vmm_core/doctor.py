@@ -49,23 +49,33 @@ def _qemu() -> tuple[Finding, DriverInfo | None]:
 async def _acceleration(driver: DriverInfo, data_dir: Path) -> Finding:
     obstacle = accel.kvm_obstacle()
     if obstacle is not None:
-        return Finding("acceleration", None, f"software emulation: {obstacle}", "jobs run, about ten times slower")
+        return Finding(
+            "acceleration", None, f"software emulation: {obstacle}", "jobs run, about ten times slower"
+        )
     image = _any_kernel(data_dir)
     if image is None:
         return Finding(
-            "acceleration", None, "/dev/kvm is there; not yet tried, for want of a kernel", "bake a template: microvm bake minimal"
+            "acceleration",
+            None,
+            "/dev/kvm is there; not yet tried, for want of a kernel",
+            "bake a template: microvm bake minimal",
         )
     choice = await accel.choose(driver, image, data_dir / "cache" / "accel.json")
     if choice.accel == "kvm":
         return Finding("acceleration", True, f"KVM: {choice.why}")
     return Finding(
-        "acceleration", None, f"software emulation: {choice.why}", "use a host with real or nested virtualization for speed"
+        "acceleration",
+        None,
+        f"software emulation: {choice.why}",
+        "use a host with real or nested virtualization for speed",
     )
 
 
 def _any_kernel(data_dir: Path) -> BootImage | None:
     """A kernel some bake left in the cache, newest first."""
-    for kernel in sorted(data_dir.glob("cache/**/vmlinux"), key=lambda path: path.stat().st_mtime, reverse=True):
+    for kernel in sorted(
+        data_dir.glob("cache/**/vmlinux"), key=lambda path: path.stat().st_mtime, reverse=True
+    ):
         initrd = kernel.with_name("initrd.img")
         if initrd.exists():
             return BootImage(kernel=kernel, initrd=initrd, disk=Path(os.devnull))
@@ -78,7 +88,9 @@ async def _pool(data_dir: Path) -> Finding:
             free = pool.free_bytes()
             detail = f"{pool.root}: {_KINDS[pool.kind]}, {free >> 20} MiB free"
             if free < RESERVE_BYTES:
-                return Finding("pool", False, detail, "remove templates or enlarge the disk: nothing new is started")
+                return Finding(
+                    "pool", False, detail, "remove templates or enlarge the disk: nothing new is started"
+                )
             if pool.kind == "copy":
                 return Finding("pool", None, detail, pool.note)
             if free < LOOP_POOL_MIN:
@@ -107,12 +119,16 @@ def _memory() -> Finding:
 def _rights() -> Finding:
     if os.geteuid() == 0:
         return Finding("rights", True, "root")
-    return Finding("rights", None, f"uid {os.geteuid()}", "without root: no loop pool, no bakes of root file systems")
+    return Finding(
+        "rights", None, f"uid {os.geteuid()}", "without root: no loop pool, no bakes of root file systems"
+    )
 
 
 def _network() -> Finding:
     return Finding(
-        "network", True, "user-mode: closed but for the endpoints a template or a fork is opened to, each a relayed TCP port"
+        "network",
+        True,
+        "user-mode: closed but for the endpoints a template or a fork is opened to, each a relayed TCP port",
     )
 
 

@@ -17,7 +17,7 @@ import secrets
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,12 +70,14 @@ T = TypeVar("T")
 class Engine:
     """Made by ``Engine.open``. ``on_step`` hears the name of each step of a fork as it begins."""
 
-    def __init__(self, data_dir: Path, pool: Pool, driver: Driver, on_step: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, data_dir: Path, pool: Pool, driver: Driver, on_step: Callable[[str], None] | None
+    ) -> None:
         self.data_dir = data_dir
         self.pool = pool
         self.driver = driver
         self.snapshots = SnapshotStore(pool)
-        self._on_step = on_step or (lambda _name: None)
+        self._on_step = on_step or _unheard
         self._vms: dict[str, RunningVm] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,8 +87,12 @@ class Engine:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
-        cls, data_dir: Path | str, *, driver: Driver | None = None, on_step: Callable[[str], None] | None = None
-    ) -> AsyncIterator["Engine"]:
+        cls,
+        data_dir: Path | str,
+        *,
+        driver: Driver | None = None,
+        on_step: Callable[[str], None] | None = None,
+    ) -> AsyncGenerator["Engine"]:
         """Open the engine of ``data_dir``, making its pool where needed.
 
         At the end the VMs made by ``launch`` run on (adopt them later); those of ``fork`` and ``boot`` are gone.
@@ -113,7 +119,9 @@ class Engine:
         notes = [self.pool.note] if self.pool.note else []
         if obstacle is not None or (choice is not None and choice.accel == "tcg"):
             notes.append(f"software emulation: {obstacle or (choice and choice.why)}")
-        decided: Accel | None = "tcg" if obstacle is not None else choice.accel if choice is not None else None
+        decided: Accel | None = (
+            "tcg" if obstacle is not None else choice.accel if choice is not None else None
+        )
         vmm = f"{self.driver.info.name} {self.driver.info.version}"
         return EngineInfo(vmm=vmm, accel=decided, pool=self.pool.kind, notes=tuple(notes))
 
@@ -123,8 +131,13 @@ class Engine:
 
     @contextlib.asynccontextmanager
     async def boot(
-        self, image: BootImage, machine: MachineSpec, *, ttl: float = 3600.0, metadata: Mapping[str, str] | None = None
-    ) -> AsyncIterator[RunningVm]:
+        self,
+        image: BootImage,
+        machine: MachineSpec,
+        *,
+        ttl: float = 3600.0,
+        metadata: Mapping[str, str] | None = None,
+    ) -> AsyncGenerator[RunningVm]:
         """A fresh machine from a kernel and a disk, ready when its agent has answered; destroyed at the end."""
         vm = await self._boot(image, machine, ttl, metadata)
         try:
@@ -141,7 +154,7 @@ class Engine:
         metadata: Mapping[str, str] | None = None,
         allow: Sequence[EgressRule] | None = None,
         hostname: str | None = None,
-    ) -> AsyncIterator[RunningVm]:
+    ) -> AsyncGenerator[RunningVm]:
         """A clone of ``parent``, revived; destroyed at the end. Arguments and errors as ``launch``."""
         vm = await self.launch(parent, ttl=ttl, metadata=metadata, allow=allow, hostname=hostname)
         try:
@@ -178,15 +191,19 @@ class Engine:
             self._on_step("memory")
             resident = await self._resident_memory(snapshot)
             self._on_step("spawn")
-            machine = msgspec.structs.replace(manifest.machine, network=_open_to(manifest.machine, rules))
-            driver_vm = await self.driver.restore(place, machine, manifest.accel, resident, snapshot.path / STATE)
+            machine = _opened(manifest.machine, rules)
+            driver_vm = await self.driver.restore(
+                place, machine, manifest.accel, resident, snapshot.path / STATE
+            )
             undo.push_async_callback(driver_vm.kill)
             loaded = time.perf_counter()
             self._on_step("connect")
             channel = await Channel.connect(driver_vm.agent_socket)
             undo.push_async_callback(channel.close)
             self._on_step("revive")
-            await _unless_dead(driver_vm, channel.revive(self._revive(place, hostname), timeout=REVIVE_SECONDS))
+            await _unless_dead(
+                driver_vm, channel.revive(self._revive(place, hostname), timeout=REVIVE_SECONDS)
+            )
             revived = time.perf_counter()
             self._on_step("record")
             names = {name for name, digest in self.snapshots.names().items() if digest == manifest.digest}
@@ -204,13 +221,22 @@ class Engine:
             revive_ms=(revived - loaded) * 1e3,
             record_ms=(time.perf_counter() - revived) * 1e3,
         )
-        return self._enroll(RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone))
+        return self._enroll(
+            RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone)
+        )
 
     async def snapshot(
-        self, vm: RunningVm, *, digest: str, labels: Mapping[str, str], name: str | None = None
+        self,
+        vm: RunningVm,
+        *,
+        digest: str,
+        labels: Mapping[str, str],
+        name: str | None = None,
+        allow: Sequence[EgressRule] | None = None,
     ) -> Snapshot:
         """Quiesce a booted VM, publish it as the snapshot ``digest`` and, with ``name``, let that name mean it.
 
+        Forks are open to ``allow``, or, when left out, to what the VM was.
         The VM is gone afterwards, also on failure. Raises PoolFull when there is no room for its memory and disk.
         """
         try:
@@ -222,12 +248,15 @@ class Engine:
                     saved = await vm.driver_vm.save(draft)
                 except OSError as error:
                     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                        raise PoolFull(f"the pool filled up while {vm.id} was saved: free some room") from error
+                        raise PoolFull(
+                            f"the pool filled up while {vm.id} was saved: free some room"
+                        ) from error
                     raise
+                machine = vm.record.machine
                 manifest = Manifest(
                     digest=digest,
                     created_at=time.time(),
-                    machine=vm.record.machine,
+                    machine=machine if allow is None else _opened(machine, allow),
                     accel=vm.record.accel,
                     vmm_version=saved.vmm_version,
                     cpu_model=saved.cpu_model,
@@ -327,7 +356,9 @@ class Engine:
             except (GuestError, VmDied) as error:
                 from vmm_core.console import tail  # noqa: PLC0415
 
-                raise BootFailed(f"the machine did not come up: {error}\nconsole: …{tail(place.directory)}") from error
+                raise BootFailed(
+                    f"the machine did not come up: {error}\nconsole: …{tail(place.directory)}"
+                ) from error
             revived = time.perf_counter()
             self._on_step("record")
             record = self._record(place, driver_vm, machine, accel, ttl, metadata, parent=None, template=None)
@@ -339,7 +370,9 @@ class Engine:
             revive_ms=(revived - spawned) * 1e3,
             record_ms=(time.perf_counter() - revived) * 1e3,
         )
-        return self._enroll(RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone))
+        return self._enroll(
+            RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone)
+        )
 
     def _require(self, machine: MachineSpec, rules: Sequence[EgressRule], memory_mib: int) -> None:
         """Refuse early, by name, what cannot work."""
@@ -361,7 +394,9 @@ class Engine:
         problem = self.driver.snapshot_fits(manifest.machine, manifest.accel, saved)
         if problem is not None:
             name = manifest.labels.get("template", manifest.digest[:12])
-            raise SnapshotInvalid(f"template {name} cannot be forked: {problem}; bake it again (microvm bake {name})")
+            raise SnapshotInvalid(
+                f"template {name} cannot be forked: {problem}; bake it again (microvm bake {name})"
+            )
 
     def _new_place(self, rules: Sequence[EgressRule], undo: contextlib.AsyncExitStack) -> tuple[Place, int]:
         vm_id = f"vm-{uuid.uuid4().hex[:12]}"
@@ -373,9 +408,12 @@ class Engine:
             lock = _try_lock(directory)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise PoolFull(f"the disk pool {self.pool.root} is full: remove templates or end VMs") from error
+                raise PoolFull(
+                    f"the disk pool {self.pool.root} is full: remove templates or end VMs"
+                ) from error
             raise
-        assert lock is not None, "a directory just made cannot be locked by anybody else"
+        if lock is None:
+            raise BadRequest(f"{directory} was taken by another process as it was made")
         undo.callback(os.close, lock)
         return Place(id=vm_id, directory=directory, allow=tuple(rules)), lock
 
@@ -508,8 +546,15 @@ class Engine:
         return self.data_dir / "cache" / "accel.json"
 
 
-def _open_to(machine: MachineSpec, rules: tuple[EgressRule, ...]):  # noqa: ANN202
-    return msgspec.structs.replace(machine.network, allow=rules)
+def _unheard(_step: str) -> None:
+    pass
+
+
+def _opened(machine: MachineSpec, rules: Sequence[EgressRule]) -> MachineSpec:
+    """The same machine, its network open to ``rules``."""
+    return msgspec.structs.replace(
+        machine, network=msgspec.structs.replace(machine.network, allow=tuple(rules))
+    )
 
 
 async def _task(awaitable: Awaitable[T]) -> T:

@@ -13,7 +13,7 @@ MEMFD_NAME = "microvm-memory"
 PAGE = 4096
 _CHUNK = 1 << 20
 _ZERO_CHUNK = bytes(_CHUNK)
-_ZERO_PAGE = bytes(PAGE)
+_ZERO = memoryview(_ZERO_CHUNK)
 
 _ALL_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -50,7 +50,7 @@ def _write_pages(fd: int, chunk: bytes, offset: int) -> int:
     run = None
     for position in range(0, len(chunk) + PAGE, PAGE):
         page = view[position : position + PAGE]
-        if len(page) > 0 and page != _ZERO_PAGE[: len(page)]:
+        if len(page) > 0 and page != _ZERO[: len(page)]:
             run = position if run is None else run
         elif run is not None:
             os.pwrite(fd, view[run:position], offset + run)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import msgspec
@@ -33,7 +33,7 @@ class SnapshotStore:
         self._pool = pool
 
     @contextlib.contextmanager
-    def draft(self) -> Iterator[Path]:
+    def draft(self) -> Generator[Path]:
         """A directory to fill; gone at the end unless ``publish`` moved it away."""
         path = self._pool.staging / f"snapshot-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         path.mkdir(mode=0o700)
@@ -65,7 +65,9 @@ class SnapshotStore:
         except FileNotFoundError:
             raise UnknownTemplate(f"there is no template {digest}: see microvm templates") from None
         except msgspec.DecodeError as error:
-            raise SnapshotInvalid(f"the manifest of {path} cannot be read ({error}): bake the template again") from error
+            raise SnapshotInvalid(
+                f"the manifest of {path} cannot be read ({error}): bake the template again"
+            ) from error
         for name, size in manifest.files.items():
             try:
                 actual = (path / name).stat().st_size
@@ -109,7 +111,9 @@ class SnapshotStore:
     def set_name(self, name: str, digest: str) -> None:
         """Let ``name`` stand for ``digest`` from now on; one rename, so it never stands for nothing."""
         if not _NAME.fullmatch(name):
-            raise BadRequest(f"{name!r} is no template name: lower-case letters, digits, '.', '_' and '-', at most 100")
+            raise BadRequest(
+                f"{name!r} is no template name: lower-case letters, digits, '.', '_' and '-', at most 100"
+            )
         self.load(digest)
         draft = self._pool.names / f".{name}.{uuid.uuid4().hex[:8]}"
         draft.symlink_to(Path("..") / "snapshots" / digest)

@@ -1,6 +1,6 @@
 """One running VM as its owner sees it: run commands, move files, measure, wait for its end, destroy it.
 
-    live ──► VMM ends by itself, TTL passes, or destroy() ──► ended (an exit) ──► destroy() ──► nothing left
+live ──► VMM ends by itself, TTL passes, or destroy() ──► ended (an exit) ──► destroy() ──► nothing left
 """
 
 import asyncio
@@ -73,7 +73,13 @@ class RunningVm:
         exec_id = f"exec-{os.getpid()}-{self._exec_count}"
         try:
             process = await self.start(
-                command, exec_id=exec_id, user=user, env=env, cwd=cwd, stdin=stdin is not None, timeout=timeout
+                command,
+                exec_id=exec_id,
+                user=user,
+                env=env,
+                cwd=cwd,
+                stdin=stdin is not None,
+                timeout=timeout,
             )
             async with asyncio.TaskGroup() as group:
                 if stdin is not None:
@@ -104,7 +110,9 @@ class RunningVm:
         """Take up the streams of a command that runs already, from these byte offsets on."""
         return await self.channel.attach(exec_id, stdout_from=stdout_from, stderr_from=stderr_from)
 
-    async def put(self, path: str, data: bytes | AsyncIterable[bytes], *, mode: int = 0o644, user: str = "runner") -> None:
+    async def put(
+        self, path: str, data: bytes | AsyncIterable[bytes], *, mode: int = 0o644, user: str = "runner"
+    ) -> None:
         await self.channel.put(path, data, mode=mode, user=user)
 
     async def get(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
@@ -165,7 +173,10 @@ class RunningVm:
                 ended = await self.wait()
         except TimeoutError:
             return closed
-        return VmDied(f"VM {self.id} ended: {ended.reason}" + (f"\nconsole: …{ended.console_tail[-500:]}" if ended.console_tail else ""))
+        return VmDied(
+            f"VM {self.id} ended: {ended.reason}"
+            + (f"\nconsole: …{ended.console_tail[-500:]}" if ended.console_tail else "")
+        )
 
 
 def remove_tree(directory: Path) -> None:

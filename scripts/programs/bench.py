@@ -63,7 +63,9 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-async def measure_forks(engine: Engine, parent: Snapshot, plan: Plan, tick: Callable[[str], None]) -> dict[str, float]:
+async def measure_forks(
+    engine: Engine, parent: Snapshot, plan: Plan, tick: Callable[[str], None]
+) -> dict[str, float]:
     """Single forks and restores by hand, in turn."""
     floor = Floor(parent, engine.staging)
     ours: list[float] = []
@@ -184,7 +186,9 @@ def show(figures: dict[str, float], console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer samples, under 90 seconds when templates are baked")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer samples, under 90 seconds when templates are baked"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one flat JSON object")
     parser.add_argument(
         "--data-dir",

@@ -53,7 +53,9 @@ class Floor:
         with contextlib.ExitStack() as stack:
             places = [stack.enter_context(self._place()) for _ in range(count)]
             found: list[subprocess.Popen[bytes]] = []
-            threads = [threading.Thread(target=lambda at=at: found.append(self._restore(at))) for at in places]
+            threads = [
+                threading.Thread(target=lambda at=at: found.append(self._restore(at))) for at in places
+            ]
             started = time.perf_counter()
             for thread in threads:
                 thread.start()
@@ -76,11 +78,17 @@ class Floor:
             shutil.rmtree(place)
 
     def _restore(self, place: Path) -> subprocess.Popen[bytes]:
-        with (self.snapshot.path / "disk.img").open("rb") as source, (place / "disk.img").open("xb") as target:
+        with (
+            (self.snapshot.path / "disk.img").open("rb") as source,
+            (place / "disk.img").open("xb") as target,
+        ):
             fcntl.ioctl(target.fileno(), FICLONE, source.fileno())
         with (self.snapshot.path / "state.bin").open("rb") as state:
             process = subprocess.Popen(
-                self._argv(state.fileno()), cwd=place, pass_fds=[self.memory, state.fileno()], stdin=subprocess.DEVNULL
+                self._argv(),
+                cwd=place,
+                pass_fds=[self.memory, state.fileno()],
+                stdin=subprocess.DEVNULL,
             )
             try:
                 self._load(place, state.fileno())
@@ -91,7 +99,7 @@ class Floor:
                 raise
         return process
 
-    def _argv(self, state: int) -> list[str]:
+    def _argv(self) -> list[str]:
         machine = self.snapshot.manifest.machine
         return [
             "qemu-system-x86_64",
@@ -100,7 +108,10 @@ class Floor:
             *("-cpu", "max" if self.snapshot.manifest.accel == "tcg" else "host,arch-capabilities=off"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-global", "migration.store-global-state=off"),
-            *("-object", f"memory-backend-file,id=mem,size={self.size}M,mem-path=/proc/self/fd/{self.memory},share=off"),
+            *(
+                "-object",
+                f"memory-backend-file,id=mem,size={self.size}M,mem-path=/proc/self/fd/{self.memory},share=off",
+            ),
             *("-serial", "null", "-qmp", "unix:qmp.sock,server=on,wait=off"),
             *("-blockdev", "driver=raw,node-name=root,file.driver=file,file.filename=disk.img"),
             *("-device", "virtio-blk-device,drive=root", "-device", "virtio-serial-device"),
@@ -114,7 +125,10 @@ class Floor:
             monitor.readline()
             for command, arguments in (
                 ("qmp_capabilities", {}),
-                ("migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}),
+                (
+                    "migrate-set-capabilities",
+                    {"capabilities": [{"capability": "x-ignore-shared", "state": True}]},
+                ),
                 ("migrate-incoming", {"uri": f"fd:{state}"}),
             ):
                 monitor.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")

@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -22,7 +23,7 @@ from images.bake import Baked, bake
 from images.events import BakeEvent
 from images.recipe import Recipe, load_recipe
 from tests.standins.github import StandinGitHub
-from tests.standins.github_state import Job
+from tests.standins.github_state import Job, Times
 from tests.standins.runner import build_runner_tarball
 from vmm_core.engine import Engine
 
@@ -102,14 +103,18 @@ def runner_recipe(data_dir: Path) -> Recipe:
     return load_recipe(TEMPLATE, overrides={"runner.tarball": str(tarball)})
 
 
-async def make_repository(directory: Path) -> Path:
-    """A git repository with FILES in one commit."""
+async def make_repository(directory: Path, files: Mapping[str, str] = FILES) -> Path:
+    """A git repository with ``files`` in one commit."""
     path = directory / REPOSITORY
-    for name, text in FILES.items():
+    for name, text in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(text)
     identity = ("-c", "user.name=Octo", "-c", "user.email=octo@localhost", "-c", "commit.gpgsign=false")
-    for arguments in (("init", "-q", "-b", "main"), ("add", "."), (*identity, "commit", "-q", "-m", "A greeting")):
+    for arguments in (
+        ("init", "-q", "-b", "main"),
+        ("add", "."),
+        (*identity, "commit", "-q", "-m", "A greeting"),
+    ):
         process = await asyncio.create_subprocess_exec("git", *arguments, cwd=path)
         if await process.wait() != 0:
             raise StageError(f"git {' '.join(arguments)} failed")
@@ -119,10 +124,13 @@ async def make_repository(directory: Path) -> Path:
 class Stage:
     """Everything a job needs outside the guest. ``Stage.open`` makes it, ``Stage.prepare`` bakes beforehand."""
 
-    def __init__(self, forge: StandinGitHub, service: asyncio.subprocess.Process, url: str, log: Path) -> None:
+    def __init__(
+        self, forge: StandinGitHub, service: asyncio.subprocess.Process, url: str, config: Path, log: Path
+    ) -> None:
         self.forge = forge
         self.service = service
         self.url = url
+        self.config = config
         self.log = log
         self.http = httpx.AsyncClient(base_url=url, timeout=30, trust_env=False)
 
@@ -133,8 +141,19 @@ class Stage:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, engine: Engine, *, max_vms: int = 8) -> AsyncIterator["Stage"]:
-        """Start the forge and the service; at the end both are stopped and no VM of the service is left."""
+    async def open(
+        cls,
+        engine: Engine,
+        *,
+        max_vms: int = 8,
+        files: Mapping[str, str] = FILES,
+        limits: Mapping[str, float] = MappingProxyType({}),
+        times: Times | None = None,
+    ) -> AsyncIterator["Stage"]:
+        """Start the forge and the service; at the end both are stopped and no VM of the service is left.
+
+        ``files`` are the repository's; ``limits`` go into [runners] of the settings; ``times`` are the forge's.
+        """
         async with contextlib.AsyncExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microvm-stage-")))
             port = _free_port()
@@ -142,18 +161,42 @@ class Stage:
             secret = secrets.token_urlsafe(24)
             forge = await stack.enter_async_context(
                 StandinGitHub(
-                    webhook_url=f"{url}/webhooks/github", secret=secret, guest_url=f"http://{FORGE_HOST}:{{port}}"
+                    webhook_url=f"{url}/webhooks/github",
+                    secret=secret,
+                    guest_url=f"http://{FORGE_HOST}:{{port}}",
+                    times=times,
                 )
             )
-            await forge.add_repository(await make_repository(work), owner=OWNER, name=REPOSITORY)
-            config = _write_config(work, engine.data_dir, port, forge, secret, max_vms)
+            await forge.add_repository(await make_repository(work, files), owner=OWNER, name=REPOSITORY)
+            settings = {"max_vms": max_vms, **limits}
+            config = _write_config(work, engine.data_dir, port, forge, secret, settings)
             log = work / "service.log"
-            service = await stack.enter_async_context(_service(config, log))
-            stage = cls(forge, service, url, log)
-            stack.push_async_callback(stage.http.aclose)
+            stage = cls(forge, await _start(config, log), url, config, log)
             stack.push_async_callback(_end_vms, engine)
+            stack.push_async_callback(stage.stop)
+            stack.push_async_callback(stage.http.aclose)
             await stage._ready()
             yield stage
+
+    async def kill(self) -> None:
+        """End the service as a crash would: SIGKILL, at whatever it is doing."""
+        self.service.kill()
+        await self.service.wait()
+
+    async def stop(self) -> None:
+        """End the service as an operator would; SIGKILL if it does not end."""
+        with contextlib.suppress(ProcessLookupError):
+            self.service.terminate()
+        try:
+            async with asyncio.timeout(30):
+                await self.service.wait()
+        except TimeoutError:
+            await self.kill()
+
+    async def start(self) -> None:
+        """Start the service again, where the last one left off; its log goes on."""
+        self.service = await _start(self.config, self.log)
+        await self._ready()
 
     async def queue(self, workflow: str = ".github/workflows/ci.yml") -> Job:
         """Queue a run of ``workflow``: the forge delivers the signed event of its one job."""
@@ -218,7 +261,12 @@ def step_at(story: Mapping[str, Any], step: str) -> float | None:
 
 
 def _write_config(
-    work: Path, data_dir: Path, port: int, forge: StandinGitHub, secret: str, max_vms: int
+    work: Path,
+    data_dir: Path,
+    port: int,
+    forge: StandinGitHub,
+    secret: str,
+    settings: Mapping[str, float],
 ) -> Path:
     for name, value in (("webhook.secret", secret), ("forge.token", forge.token)):
         path = work / name
@@ -231,7 +279,7 @@ def _write_config(
             [service]
             listen = "127.0.0.1:{port}"
             data_dir = "{data_dir}"
-            database_url = "sqlite:///{work}/service.db"
+            database_url = "sqlite+aiosqlite:///{work}/service.db"
             log_format = "json"
 
             [github]
@@ -241,37 +289,25 @@ def _write_config(
 
             [runners]
             default_template = "{TEMPLATE}"
-            max_vms = {max_vms}
+            # limits
 
             [[runners.egress]]
             host = "{FORGE_HOST}"
             port = {forge.port}
             via = "127.0.0.1:{forge.port}"
             """
-        )
+        ).replace("# limits", "\n".join(f"{key} = {value}" for key, value in settings.items()))
     )
     return config
 
 
-@contextlib.asynccontextmanager
-async def _service(config: Path, log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def _start(config: Path, log: Path) -> asyncio.subprocess.Process:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MICROVM_")}
-    with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(
+    with log.open("ab") as output:
+        return await asyncio.create_subprocess_exec(
             sys.executable, "-m", "runner_service.cli", "serve", "--config", str(config),
             stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
         )  # fmt: skip
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            async with asyncio.timeout(30):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
 
 
 async def _end_vms(engine: Engine) -> None:

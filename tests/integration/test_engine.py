@@ -53,14 +53,25 @@ async def test_eight_forks_at_once_are_eight_different_machines(engine: Engine, 
     facts = [lines for _, lines in found]
     assert {len(lines) for lines in facts} == {9}
     for position, what in enumerate(
-        ["random bytes", "UUID", "getrandom", "Python's random", "machine-id", "boot id", "kernel UUID", "hostname"]
+        [
+            "random bytes",
+            "UUID",
+            "getrandom",
+            "Python's random",
+            "machine-id",
+            "boot id",
+            "kernel UUID",
+            "hostname",
+        ]
     ):
         assert len({lines[position] for lines in facts}) == 8, f"the same {what} in two forks"
     for finished, lines in found:
         assert abs(float(lines[8]) - finished) < 5, "a clock is wrong"
 
 
-async def test_revive_sets_the_clock_to_within_a_fraction_of_a_second(engine: Engine, minimal: Snapshot) -> None:
+async def test_revive_sets_the_clock_to_within_a_fraction_of_a_second(
+    engine: Engine, minimal: Snapshot
+) -> None:
     async with engine.fork(minimal) as vm:
         before = time.time()
         shown = float((await vm.exec("date +%s.%N")).stdout)
@@ -100,7 +111,9 @@ async def test_files_go_in_and_come_out(engine: Engine, minimal: Snapshot) -> No
 
 async def test_a_fork_changes_neither_its_parent_nor_its_siblings(engine: Engine, minimal: Snapshot) -> None:
     async with engine.fork(minimal) as first, engine.fork(minimal) as second:
-        await first.exec("echo changed > /home/runner/mark; dd if=/dev/urandom of=/dev/shm/x bs=1M count=20 2>&1; sync")
+        await first.exec(
+            "echo changed > /home/runner/mark; dd if=/dev/urandom of=/dev/shm/x bs=1M count=20 2>&1; sync"
+        )
         assert (await second.exec("ls /home/runner/mark /dev/shm/x")).code != 0
     async with engine.fork(minimal) as third:
         assert (await third.exec("ls /home/runner/mark /dev/shm/x")).code != 0
@@ -131,7 +144,9 @@ STEPS = ["resolve", "place", "disk", "memory", "spawn", "connect", "revive", "re
 
 
 @pytest.mark.parametrize("step", STEPS)
-async def test_a_fork_that_fails_at_any_step_leaves_nothing(data_dir: Path, minimal: Snapshot, step: str) -> None:
+async def test_a_fork_that_fails_at_any_step_leaves_nothing(
+    data_dir: Path, minimal: Snapshot, step: str
+) -> None:
     armed = False
     heard: list[str] = []
 
@@ -202,7 +217,9 @@ async def test_a_command_under_way_hears_of_the_death(engine: Engine, minimal: S
 
 async def test_a_guest_panic_is_told_with_the_kernels_own_words(engine: Engine, minimal: Snapshot) -> None:
     async with engine.fork(minimal) as vm:
-        await vm.start(["/bin/sh", "-c", "sleep 0.3; echo c > /proc/sysrq-trigger"], exec_id="panic", user="root")
+        await vm.start(
+            ["/bin/sh", "-c", "sleep 0.3; echo c > /proc/sysrq-trigger"], exec_id="panic", user="root"
+        )
         ended = await asyncio.wait_for(vm.wait(), timeout=30)
         assert ended.kind == "exited"
         assert "Kernel panic" in ended.console_tail
@@ -217,7 +234,9 @@ async def test_a_guest_that_fills_its_disk_hurts_only_itself(engine: Engine, min
     async with engine.fork(minimal) as vm, engine.fork(minimal) as neighbour:
         await vm.exec("dd if=/dev/urandom of=/var/tmp/x bs=1M count=64 conv=fsync", user="root", timeout=120)
         assert (await vm.usage()).disk_private_bytes >= 64 << 20
-        filled = await vm.exec("fallocate -l 100G /var/tmp/y; cp /var/tmp/x /var/tmp/z", user="root", timeout=120)
+        filled = await vm.exec(
+            "fallocate -l 100G /var/tmp/y; cp /var/tmp/x /var/tmp/z", user="root", timeout=120
+        )
         assert b"No space left" in filled.stderr
         assert (await vm.exec("echo still here")).stdout == b"still here\n"
         assert (await neighbour.exec("echo z > /home/runner/z && cat /home/runner/z")).stdout == b"z\n"
@@ -258,7 +277,9 @@ asyncio.run(main())
 """
 
 
-async def start_owner(data_dir: Path, template: str, ttl: float) -> tuple[asyncio.subprocess.Process, str, int]:
+async def start_owner(
+    data_dir: Path, template: str, ttl: float
+) -> tuple[asyncio.subprocess.Process, str, int]:
     """A process that owns a VM with a command under way; its VM's id and how much output it has seen."""
     owner = await asyncio.create_subprocess_exec(
         sys.executable, "-c", OWNER, str(data_dir), template, str(ttl),
@@ -343,7 +364,9 @@ async def networked(engine: Engine) -> Snapshot:
     return (await bake(engine, load_recipe(str(path)), progress=lambda _event: None)).snapshot
 
 
-async def test_a_guest_reaches_what_it_was_opened_to_and_nothing_else(engine: Engine, networked: Snapshot) -> None:
+async def test_a_guest_reaches_what_it_was_opened_to_and_nothing_else(
+    engine: Engine, networked: Snapshot
+) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"pong:" + await reader.read(100))
         await writer.drain()
@@ -406,7 +429,9 @@ async def test_an_unknown_template_is_refused_with_the_close_names(engine: Engin
         await engine.launch("minimol")
 
 
-async def test_a_template_by_name_by_digest_and_by_its_first_digits(engine: Engine, minimal: Snapshot) -> None:
+async def test_a_template_by_name_by_digest_and_by_its_first_digits(
+    engine: Engine, minimal: Snapshot
+) -> None:
     for ref in ("minimal", minimal.digest, minimal.digest[:10]):
         assert engine.snapshots.resolve(ref).digest == minimal.digest
 
@@ -435,7 +460,9 @@ async def test_a_cut_or_missing_file_is_found_before_anything_starts(
         for name in minimal.manifest.files:
             (draft / name).write_bytes(b"x")
         manifest: Manifest = msgspec.structs.replace(minimal.manifest, digest="c0ffee" * 10, files={})
-        broken = engine.snapshots.publish(draft, msgspec.structs.replace(manifest, files=dict.fromkeys(minimal.manifest.files, 1)))
+        broken = engine.snapshots.publish(
+            draft, msgspec.structs.replace(manifest, files=dict.fromkeys(minimal.manifest.files, 1))
+        )
     try:
         (broken.path / file).write_bytes(b"")
         with pytest.raises(SnapshotInvalid, match=file):
@@ -447,7 +474,9 @@ async def test_a_cut_or_missing_file_is_found_before_anything_starts(
         shutil.rmtree(broken.path)
 
 
-async def test_garbage_for_device_state_fails_that_fork_and_leaves_nothing(engine: Engine, minimal: Snapshot) -> None:
+async def test_garbage_for_device_state_fails_that_fork_and_leaves_nothing(
+    engine: Engine, minimal: Snapshot
+) -> None:
     with engine.snapshots.draft() as draft:
         for name in minimal.manifest.files:
             os.link(minimal.path / name, draft / name)

@@ -67,9 +67,7 @@ class Driver(Protocol):
         """Start a fresh machine; returns when its VMM runs, before the guest has booted."""
         ...
 
-    async def restore(
-        self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path
-    ) -> Vm:
+    async def restore(self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path) -> Vm:
         """Start a clone from the sealed memory ``memory`` (a descriptor) and the device state; it runs on by itself."""
         ...
 

@@ -17,7 +17,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from vmm_core import clock, memory
@@ -47,7 +47,9 @@ def find_qemu() -> DriverInfo:
         raise VmmMissing(f"{binary} --version failed: {error}") from error
     found = re.search(r"version (\d+)\.(\d+)(\.\d+)?", answer.stdout)
     if found is None or (int(found[1]), int(found[2])) < OLDEST:
-        raise VmmMissing(f"{binary} is too old ({answer.stdout.splitlines()[0]}): QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
+        raise VmmMissing(
+            f"{binary} is too old ({answer.stdout.splitlines()[0]}): QEMU {OLDEST[0]}.{OLDEST[1]} or newer"
+        )
     return DriverInfo(name="qemu", version=found[0].removeprefix("version "), binary=binary)
 
 
@@ -120,7 +122,7 @@ class Descriptors:
 
 
 @contextlib.contextmanager
-def short_path(path: Path) -> Iterator[str]:
+def short_path(path: Path) -> Generator[str]:
     """An address for a Unix socket at ``path`` that fits 108 bytes, however long the path is."""
     fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -169,7 +171,9 @@ class QemuVm:
             raise VmmProtocolError(f"VM {self._place.id} is a clone: only a machine that booted can be saved")
         qmp = await self.connect()
         await qmp.execute("stop")
-        await qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+        await qmp.execute(
+            "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}]
+        )
         await qmp.lend("state", self._state)
         await qmp.execute("migrate", uri="fd:state")
         await self._migrated(qmp)
@@ -202,8 +206,14 @@ class QemuVm:
         if status is None:
             return VmExit(kind="vanished", reason=f"the VMM ended. {said}".strip())
         if status < 0:
-            return VmExit(kind="signaled", signal=-status, reason=f"the VMM was ended by signal {-status}. {said}".strip())
-        return VmExit(kind="exited", code=status, reason=f"the VMM exited with status {status}. {said}".strip())
+            return VmExit(
+                kind="signaled",
+                signal=-status,
+                reason=f"the VMM was ended by signal {-status}. {said}".strip(),
+            )
+        return VmExit(
+            kind="exited", code=status, reason=f"the VMM exited with status {status}. {said}".strip()
+        )
 
     async def kill(self) -> None:
         await self._process.end()
@@ -248,7 +258,9 @@ class QemuDriver:
         vm.own(memory_fd, state_fd, self.info.version)
         return vm
 
-    async def restore(self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path) -> QemuVm:
+    async def restore(
+        self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path
+    ) -> QemuVm:
         fds = Descriptors(place.directory)
         try:
             state_fd = fds.open(state, os.O_RDONLY)
@@ -259,7 +271,9 @@ class QemuDriver:
         try:
             qmp = await vm.connect()
             # Pipelined: the monitor answers when it is up, nobody waits in between.
-            qmp.send("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
+            qmp.send(
+                "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}]
+            )
             await qmp.execute("migrate-incoming", uri=f"fd:{state_fd}")
         except BaseException as error:
             await process.end()
@@ -298,14 +312,15 @@ class QemuDriver:
     ) -> VmmProcess:
         qmp, agent, console = fds.listen(QMP_SOCKET), fds.listen(AGENT_SOCKET), fds.listen(CONSOLE_SOCKET)
         fds.lend(memory_fd)
-        size = f"{machine.memory_mib}M"
+        backing = (
+            f"size={machine.memory_mib}M,mem-path=/proc/self/fd/{memory_fd},share={'on' if share else 'off'}"
+        )
         argv = [
             self.info.binary,
             *("-name", place.id),
             *("-accel", accel),
             *device_args(machine, accel),
-            "-object",
-            f"memory-backend-file,id=mem,size={size},mem-path=/proc/self/fd/{memory_fd},share={'on' if share else 'off'}",
+            *("-object", f"memory-backend-file,id=mem,{backing}"),
             *("-chardev", f"socket,id=qmp,fd={qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
             *("-chardev", f"socket,id=agent,fd={agent},server=on,wait=off"),
             *("-chardev", f"socket,id=console,fd={console},server=on,wait=off"),

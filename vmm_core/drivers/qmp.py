@@ -21,7 +21,9 @@ Json = dict[str, Any]
 class Qmp:
     """One QMP connection. ``send`` queues a command without waiting, ``execute`` waits for its answer."""
 
-    def __init__(self, sock: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, sock: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.events: deque[Json] = deque(maxlen=_EVENTS_KEPT)
         self._sock = sock
         self._reader = reader
