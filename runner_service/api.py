@@ -16,7 +16,7 @@ from litestar.config.app import AppConfig
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, NotFoundException, PermissionDeniedException
 from litestar.openapi import OpenAPIConfig
-from litestar.params import Parameter
+from litestar.params import FromPath, FromQuery, QueryParameter
 from litestar.response import Stream
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from prometheus_client import generate_latest
@@ -112,27 +112,27 @@ class Api:
 
         @get("/metrics", media_type=MediaType.TEXT, include_in_schema=False)
         async def metrics() -> Response[bytes]:
-            async with self.store.read() as db:
-                counts = await q.runner_counts(db)
+            counts = await self.store.read(q.runner_counts)
             for state in ("wanted", "forking", "registering", "idle", "busy", "retiring"):
                 self.metrics.runners.labels(state).set(counts.get(state, 0))
             return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
         @get("/jobs")
         async def jobs(
-            limit: Annotated[int, Parameter(ge=1, le=1000)] = 100,
-            in_state: Annotated[JobRunState | None, Parameter(query="state")] = None,
+            limit: Annotated[int, QueryParameter(ge=1, le=1000)] = 100,
+            in_state: Annotated[JobRunState | None, QueryParameter(name="state")] = None,
         ) -> list[views.JobView]:
-            async with self.store.read() as db:
-                return await views.list_jobs(db, limit=limit, state=in_state)
+            return await self.store.read(lambda db: views.list_jobs(db, limit=limit, state=in_state))
 
         @get("/jobs/{job:str}", raises=[NotFoundException])
-        async def job_story(job: str) -> views.Story:
+        async def job_story(job: FromPath[str]) -> views.Story:
             return await self._story(job)
 
         @get("/jobs/{job:str}/log", raises=[NotFoundException], media_type=MediaType.TEXT)
         async def job_log(
-            job: str, offset: Annotated[int, Parameter(ge=0, le=1 << 40)] = 0, follow: bool = False
+            job: FromPath[str],
+            offset: Annotated[int, QueryParameter(ge=0, le=1 << 40)] = 0,
+            follow: FromQuery[bool] = False,
         ) -> Stream:
             story = await self._story(job)
             # The text comes from the guest: no browser may take it for anything but text.
@@ -148,7 +148,7 @@ class Api:
             return await self.vms()
 
         @post("/vms/{vm:str}/kill", status_code=202, raises=[NotFoundException, PermissionDeniedException])
-        async def kill(vm: str, request: WebRequest) -> Killed:
+        async def kill(vm: FromPath[str], request: WebRequest) -> Killed:
             if "origin" in request.headers:
                 raise PermissionDeniedException("a web page may not give orders to this service")
             await self.kill(vm)
@@ -158,8 +158,7 @@ class Api:
         return [healthz, readyz, metrics, jobs, job_story, job_log, vms, kill]
 
     async def _story(self, ref: str) -> views.Story:
-        async with self.store.read() as db:
-            found = await views.story(db, ref)
+        found = await self.store.read(lambda db: views.story(db, ref))
         if found is None:
             raise NotFoundException(f"there is no job {ref!r}: see GET /jobs")
         return found
@@ -168,8 +167,8 @@ class Api:
         """The log of the job's runner; with ``follow`` it is waited for, and read until the runner ends."""
         while follow and not self._has_log(story) and story.job.state != "completed" and not self.logs.ending:
             await self.logs.opened(_BEFORE_RUNNER)
-            async with self.store.read() as db:
-                story = await views.story(db, story.job.id) or story
+            job_id = story.job.id
+            story = await self.store.read(lambda db: views.story(db, job_id)) or story
         if story.job.runner is not None:
             async for piece in self.logs.read(story.job.runner, offset=offset, follow=follow):
                 yield piece

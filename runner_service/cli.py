@@ -205,8 +205,6 @@ def run(
 @data_dir_option
 def serve(*, config: Path | None, data_dir: Path | None) -> int:
     """Run the service: take webhooks, fork a VM per job, until SIGTERM. VMs outlive it and are adopted again."""
-    import uvloop  # noqa: PLC0415
-
     from runner_service import daemon  # noqa: PLC0415
 
     asyncio.run(daemon.serve(settings_of(config, data_dir)))

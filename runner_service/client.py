@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import httpx
 import msgspec
@@ -13,6 +13,9 @@ import msgspec
 from runner_service import views
 from runner_service.joblog import JobLogs
 from runner_service.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from runner_service.store.store import Store
 
 T = TypeVar("T")
 SERVICE_FILE = "service.json"
@@ -142,17 +145,15 @@ class _Api:
 
 
 class _Database:
-    def __init__(self, store: Any, data_dir: Path) -> None:
+    def __init__(self, store: "Store", data_dir: Path) -> None:
         self._store = store
         self._logs = JobLogs(data_dir / "logs", limit=0)
 
     async def jobs(self, limit: int) -> list[views.JobView]:
-        async with self._store.read() as db:
-            return await views.list_jobs(db, limit=limit)
+        return await self._store.read(lambda db: views.list_jobs(db, limit=limit))
 
     async def story(self, job: str) -> views.Story:
-        async with self._store.read() as db:
-            found = await views.story(db, job)
+        found = await self._store.read(lambda db: views.story(db, job))
         if found is None:
             raise NotThereError(f"there is no job {job!r}: see microvm jobs")
         return found

@@ -219,8 +219,7 @@ class Service:
             Check("adopted", self._recovered, "running VMs were adopted" if self._recovered else "starting")
         ]
         try:
-            async with self._store.read() as db:
-                await q.runner_counts(db)
+            await self._store.read(q.runner_counts)
             checks.append(Check("database", True, "answers"))
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             checks.append(Check("database", False, f"{type(error).__name__}: {error}"[:300]))
@@ -234,8 +233,9 @@ class Service:
 
     async def _vms(self) -> list[views.VmView]:
         """Every VM of the host, whoever made it; what those of this process cost."""
-        async with self._store.read() as db:
-            runners: dict[str, Runner] = {runner.id: runner for runner in await q.active_runners(db)}
+        runners: dict[str, Runner] = {
+            runner.id: runner for runner in await self._store.read(q.active_runners)
+        }
         own = {vm.id: vm for vm in self._engine.vms()}
         found: list[views.VmView] = []
         for record in self._engine.records():

@@ -54,7 +54,7 @@ EXIT_MEANING = {0: "ended", 1: "was terminated", 2: "asks to be retried", 3: "is
                 5: "found its session taken", 7: "is too old for the forge"}  # fmt: skip
 
 # Reasons to leave at once: what runs in the VM is over, or must be. All others ask the forge first, and believe it.
-FORCED = frozenset({"runner_exited", "completed", "killed", "vm_lost", "vm_died", "late_busy", "late_retiring",
+FORCED = frozenset({"runner_exited", "runner_failed", "completed", "killed", "vm_lost", "vm_died", "late_busy", "late_retiring",
                     "channel_lost", "runner_lost"})  # fmt: skip
 BENIGN = frozenset({"runner_exited", "completed", "killed", "cancelled", "late_idle", "late_busy"})
 _REGISTER_PAUSES = (0.25, 1.0, 3.0)
@@ -291,13 +291,14 @@ class Flow:
     async def _exited(self, runner: Runner, live: Live) -> Answer:
         """The process is over. What the forge knows by now about the job is asked for, since its events may be late."""
         assert live.exit is not None, "only called after the exit"  # noqa: S101
-        live.changes["exit_code"] = live.exit.code
-        await self._refresh_job(runner, live)
-        meaning = EXIT_MEANING.get(live.exit.code, "failed")
-        if runner.state != "busy" and live.exit.code != 0:
-            reason = f"the runner process {meaning} (exit code {live.exit.code}) without a job"
-            return Goto("retiring", reason, "runner_failed")
-        return Goto("retiring", f"the runner process {meaning} (exit code {live.exit.code})", "runner_exited")
+        code = live.changes["exit_code"] = live.exit.code
+        event = await self._refresh_job(runner, live)
+        served = runner.state == "busy" or runner.serving_job_id is not None
+        served = served or (event is not None and event.runner_name == runner.id)
+        reason = f"the runner process {EXIT_MEANING.get(code, 'failed')} (exit code {code})"
+        if served:
+            return Goto("retiring", reason, "runner_exited")
+        return Goto("retiring", f"{reason} without a job", "runner_failed")
 
     # ── retiring ─────────────────────────────────────────────────────────────────────────────────
 
@@ -375,11 +376,11 @@ class Flow:
 
     # ── asking the forge ─────────────────────────────────────────────────────────────────────────
 
-    async def _refresh_job(self, runner: Runner, live: Live) -> None:
+    async def _refresh_job(self, runner: Runner, live: Live) -> JobEvent | None:
         """Ask the forge about the job this runner serves or was made for, as if an event had come."""
         job_id = runner.serving_job_id or runner.job_id
         if job_id is None or runner.job_done_at is not None:
-            return
+            return None
         owner, _, repo = live.repository.partition("/")
         event = await self._ask(
             runner, live,
@@ -389,6 +390,7 @@ class Flow:
         )  # fmt: skip
         if event is not None:
             self._observe(event)
+        return event
 
     async def _ask(self, runner: Runner, live: Live, question: Callable[[], Awaitable[T]]) -> T | None:
         """The answer, or None when the forge fails: then the timeline says so once, and life goes on."""

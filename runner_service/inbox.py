@@ -43,8 +43,7 @@ class StoreInbox:
             "received_at": delivery.received_at,
             "payload": delivery.payload,
         }
-        async with self._store.write() as db:
-            outcome = await q.put_delivery(db, row)
+        outcome = await self._store.write(lambda db: q.put_delivery(db, row))
         if outcome != "done":
             self._wake()
         return outcome

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from runner_service import demand
 from runner_service.decide import Decider, Decision
@@ -93,8 +94,7 @@ class Scheduler:
 
     async def kill(self, vm_id: str) -> None:
         """Operator's order: end this VM. Its runner, if any, is retired; raises UnknownVm when there is no such VM."""
-        async with self._store.write() as db:
-            runner_id = await q.kill_runner_of_vm(db, vm_id, self._clock())
+        runner_id = await self._store.write(lambda db: q.kill_runner_of_vm(db, vm_id, self._clock()))
         if runner_id is not None and runner_id in self._lives:
             self._lives[runner_id].wake()
             return
@@ -114,10 +114,9 @@ class Scheduler:
 
     async def start(self) -> None:
         """Say that this host is here, adopt what runs, and go on with every runner of ours."""
-        async with self._store.write() as db:
-            await q.save_host(db, self._host, self._clock())
-            mine = await q.renew_leases(db, self._host.name, self._clock(), self._clock() + _LEASE)
-            jobs = await q.jobs_by_id(db, {r.serving_job_id or r.job_id or "" for r in mine})
+        mine = await self._renew()
+        job_ids = {runner.serving_job_id or runner.job_id or "" for runner in mine}
+        jobs = await self._store.read(lambda db: q.jobs_by_id(db, job_ids))
         adopted = {vm.record.metadata.get("runner_id", vm.id): vm for vm in await self._hypervisor.adopt()}
         for runner in mine:
             job = jobs.get(runner.serving_job_id or runner.job_id or "")
@@ -193,10 +192,11 @@ class Scheduler:
             return taken
 
         try:
-            async with self._store.write() as db:
-                decision = await self._decider.decide(
+            decision = await self._store.write(
+                lambda db: self._decider.decide(
                     db, observed=observed, brakes=self._brakes, look_again=look_again
                 )
+            )
         except BaseException:
             self._observed.extendleft(reversed(taken))
             raise
@@ -228,13 +228,11 @@ class Scheduler:
         now = self._clock()
         if now - self._reaper.last_pass < self._tick:
             return
-        async with self._store.write() as db:
-            await q.save_host(db, self._host, now)
-            mine = await q.renew_leases(db, self._host.name, now, now + _LEASE)
-            if now - self._forgot >= _FORGET_EVERY:
-                self._forgot = now
-                await q.forget(db, now - self._keep)
-                await asyncio.to_thread(self._prune_logs, now - self._keep)
+        mine = await self._renew()
+        if now - self._forgot >= _FORGET_EVERY:
+            self._forgot = now
+            await self._store.write(lambda db: q.forget(db, now - self._keep))
+            await asyncio.to_thread(self._prune_logs, now - self._keep)
         for runner in mine:
             # A lease that ran out elsewhere, or a task that ended by a bug: nobody else goes on with it.
             current = await self._reread(runner) if runner.id not in self._tasks else None
@@ -247,6 +245,16 @@ class Scheduler:
         self._orphans |= {vm.id for vm in await self._hypervisor.adopt()}
         await self._reaper.sweep({runner.id for runner in mine} | set(self._lives), self._orphans, now)
         self._metrics.rss.set(resident_bytes())
+
+    async def _renew(self) -> list[Runner]:
+        """Say that this host lives, and keep or take the leases of its runners."""
+        now = self._clock()
+
+        async def work(db: AsyncConnection) -> list[Runner]:
+            await q.save_host(db, self._host, now)
+            return await q.renew_leases(db, self._host.name, now, now + _LEASE)
+
+        return await self._store.write(work)
 
     # ── driving one runner ───────────────────────────────────────────────────────────────────────
 
@@ -327,10 +335,16 @@ class Scheduler:
                 return runner
         if not values:
             values["waits_for"] = runner.waits_for
-        async with self._store.write() as db:
-            after = await q.step_runner(db, runner.id, was=runner.state, owner=self._host.name, values=values)
-            if after is not None:
+
+        async def work(db: AsyncConnection) -> Runner | None:
+            stepped = await q.step_runner(
+                db, runner.id, was=runner.state, owner=self._host.name, values=values
+            )
+            if stepped is not None:
                 await q.add_timeline(db, lines)
+            return stepped
+
+        after = await self._store.write(work)
         live.changes = {}
         live.lines = []
         if isinstance(answer, Goto) and after is not None:
@@ -357,7 +371,7 @@ class Scheduler:
         log.info(
             "runner", runner=runner.id, state=answer.state, reason=answer.reason[:300], job=runner.job_id
         )
-        if answer.state in ("idle", "busy"):
+        if answer.state == "busy":
             self._brakes.pop(runner.group_key, None)
         elif answer.state == "retiring":
             self._metrics.reasons.labels(answer.code).inc()
@@ -372,8 +386,7 @@ class Scheduler:
         """The row with the facts of now; None when it is not ours any more."""
         while True:
             try:
-                async with self._store.read() as db:
-                    found = await q.runner(db, runner.id)
+                found = await self._store.read(lambda db: q.runner(db, runner.id))
             except Exception as error:
                 log.exception("reread_failed", runner=runner.id, error=str(error))
                 await asyncio.sleep(1.0)

@@ -4,13 +4,14 @@ SQLite: one writer connection, so that writers queue in order instead of polling
 (WAL). PostgreSQL: an ordinary pool.
 """
 
+import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -21,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from runner_service.store.queries import warm_up
 from runner_service.store.schema import HEAD
 
+T = TypeVar("T")
 _MIGRATION_LOCK = 0x6D766D31  # "mvm1": the key of the advisory lock on PostgreSQL
 
 
@@ -41,6 +43,7 @@ class Store:
         self.url = url
         self._writer = writer
         self._reader = reader
+        self._transactions: set[asyncio.Task[Any]] = set()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -64,20 +67,53 @@ class Store:
                 raise StoreError(f"cannot use the database {_shown(parsed)}: {_cause(error)}") from error
             yield store
         finally:
+            await store.settle()
             await writer.dispose()
             await reader.dispose()
 
+    async def write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Do ``work`` in one transaction: committed when it returns, rolled back when it raises.
+
+        It is finished even if the caller is cancelled: a statement that is broken off would cost the connection,
+        and on SQLite leave the database locked for as long as that takes.
+        """
+        return await self._to_its_end(self._write(work))
+
+    async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Do ``work`` on what was committed before; nothing may be written. Finished like ``write``."""
+        return await self._to_its_end(self._read(work))
+
     @contextlib.asynccontextmanager
-    async def write(self) -> AsyncGenerator[AsyncConnection]:
-        """One transaction, committed at the end, rolled back when the block raises."""
+    async def writing(self) -> AsyncGenerator[AsyncConnection]:
+        """``write`` as a block, for callers that nobody cancels."""
         async with self._writer.begin() as connection:
             yield connection
 
     @contextlib.asynccontextmanager
-    async def read(self) -> AsyncGenerator[AsyncConnection]:
-        """A connection that sees what was committed before; nothing may be written through it."""
+    async def reading(self) -> AsyncGenerator[AsyncConnection]:
+        """``read`` as a block, for callers that nobody cancels."""
         async with self._reader.connect() as connection:
             yield connection
+
+    async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        async with self.writing() as connection:
+            return await work(connection)
+
+    async def _read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        async with self.reading() as connection:
+            return await work(connection)
+
+    async def _to_its_end(self, transaction: Coroutine[None, None, T]) -> T:
+        task = asyncio.create_task(transaction, name="transaction")
+        self._transactions.add(task)
+        task.add_done_callback(self._transactions.discard)
+        # When nobody waits for it any more, its error is nobody's either.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
+    async def settle(self) -> None:
+        """Wait for transactions whose callers were cancelled."""
+        await asyncio.gather(*self._transactions, return_exceptions=True)
 
     async def migrate(self) -> None:
         """Bring the database to ``HEAD``; one process at a time, everybody else waits for it."""
@@ -101,14 +137,14 @@ class Store:
     async def warm_up(self) -> None:
         """Open the connections and let every hot statement be compiled, on rows that are rolled back."""
         with contextlib.suppress(_RollbackError):
-            async with self.write() as db:
+            async with self.writing() as db:
                 await warm_up(db)
                 raise _RollbackError
-        async with self.read() as db:
+        async with self.reading() as db:
             await db.execute(sa.text("SELECT 1"))
 
     async def _check(self) -> None:
-        async with self.read() as connection:
+        async with self.reading() as connection:
             version = await connection.run_sync(_version)
         if version != HEAD:
             raise StoreError(

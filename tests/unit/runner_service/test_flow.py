@@ -89,7 +89,7 @@ async def test_a_forge_that_says_busy_is_believed(tmp_path: Path) -> None:
         (runner,) = await service.runners()
         from runner_service.store import queries as q
 
-        async with service.store.write() as db:
+        async with service.store.writing() as db:
             await q.set_runner_facts(db, runner.id, cancelled_at=1.0)
         service.scheduler._lives[runner.id].wake()
         await world.until_quiet()

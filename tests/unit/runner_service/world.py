@@ -121,7 +121,9 @@ class World:
             finally:
                 self.dead.set()
                 self.service = None
+                await asyncio.gather(*self._delivering, return_exceptions=True)
                 await service.end()
+                await service.store.settle()
 
     async def until_quiet(self, seconds: float = 10.0) -> None:
         """Wait until every job is over and nothing is left; or fail, saying what is."""
@@ -132,6 +134,8 @@ class World:
             left = await self.left()
             if not left:
                 return
+            if self.deliver_now and not self._delivering:
+                await self.flush()
             await asyncio.sleep(0.01)
         raise AssertionError(f"still there after {seconds} s: {await self.left()}")
 
@@ -142,7 +146,7 @@ class World:
         found += [f"event {event.forge_job_id} {event.state}" for event in self.outbox]
         service = self.service
         if service is not None:
-            async with service.store.read() as db:
+            async with service.store.reading() as db:
                 found += [f"runner {r.id} {r.state} {r.reason}" for r in await q.active_runners(db)]
                 found += [
                     f"row {j.id} {j.state}"
@@ -218,13 +222,14 @@ class Service:
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def story(self, job: str) -> Story:
-        async with self.store.read() as db:
-            found = await story(db, job)
-        assert found is not None
+        """The story of a job, as soon as it is known."""
+        async with asyncio.timeout(5):
+            while (found := await self.store.read(lambda db: story(db, job))) is None:
+                await asyncio.sleep(0.01)
         return found
 
     async def runners(self) -> list[Runner]:
-        async with self.store.read() as db:
+        async with self.store.reading() as db:
             return await q.active_runners(db)
 
 
@@ -244,8 +249,8 @@ class GatedStore(Store):
         self._gate = gate
 
     @contextlib.asynccontextmanager
-    async def write(self):
-        async with super().write() as db:
+    async def writing(self):
+        async with super().writing() as db:
             yield db
             self._gate("before commit")
         self._gate("commit")

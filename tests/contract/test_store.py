@@ -1,0 +1,282 @@
+"""What every database must do for the store. SQLite here; ``MICROVM_TEST_DATABASE_URL`` adds another one.
+
+The named queries are the only way to the database, so what holds here holds for the service.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from runner_service.domain import Host, Job, Runner, TimelineRow
+from runner_service.store import queries as q
+from runner_service.store.schema import HEAD, metadata
+from runner_service.store.store import Store, StoreError, sqlite_url
+
+pytestmark = pytest.mark.anyio
+
+URLS = ["sqlite", *filter(None, [os.environ.get("MICROVM_TEST_DATABASE_URL")])]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(params=URLS)
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    url = sqlite_url(tmp_path / "store.db") if request.param == "sqlite" else request.param
+    async with Store.open(url) as opened:
+        if request.param != "sqlite":
+            async with opened.writing() as db:
+                for table in metadata.sorted_tables:
+                    if table.name != "locks":
+                        await db.execute(sa.delete(table))
+        yield opened
+
+
+def job(number: int, **more: object) -> Job:
+    values: dict[str, object] = dict(
+        id=f"github-{number}", forge="github", forge_job_id=str(number), owner="o", repo="r",
+        scope_kind="repository", scope_path="o/r", labels=("microvm",), state="queued", event_at=float(number),
+        updated_at=float(number), group_key="g",
+    )  # fmt: skip
+    return Job(**(values | more))  # pyright: ignore
+
+
+def runner(number: int, **more: object) -> Runner:
+    values: dict[str, object] = dict(
+        id=f"r{number}", forge="github", scope_kind="repository", scope_path="o/r", labels=("microvm", "linux"),
+        group_key="g", template="t", memory_mib=512, state="forking", state_at=1.0, deadline=2.0,
+        created_at=float(number), event_at=1.5, host="h", lease_owner="h", lease_until=10.0,
+    )  # fmt: skip
+    return Runner(**(values | more))  # pyright: ignore
+
+
+def delivery(guid: str) -> dict[str, object]:
+    return dict(
+        id=guid,
+        forge="github",
+        event="workflow_job",
+        action="queued",
+        hook_id="1",
+        received_at=1.25,
+        payload=b"{}",
+    )
+
+
+async def test_a_delivery_is_stored_once_and_known_until_it_is_processed(store: Store) -> None:
+    async with store.writing() as db:
+        assert await q.put_delivery(db, delivery("a")) == "stored"
+        assert await q.put_delivery(db, delivery("b")) == "stored"
+    async with store.writing() as db:
+        assert await q.put_delivery(db, delivery("a")) == "known"
+        rows = await q.pending_deliveries(db, 10)
+        assert [row.id for row in rows] == ["a", "b"] and rows[0].payload == b"{}"
+        await q.close_deliveries(db, {rows[0].seq: "job"}, 2.0)
+    async with store.writing() as db:
+        assert await q.put_delivery(db, delivery("a")) == "done"
+        assert [row.id for row in await q.pending_deliveries(db, 10)] == ["b"]
+
+
+async def test_jobs_come_back_as_they_were_saved(store: Store) -> None:
+    first = job(1, conclusion="success", created_at=0.5, runner_name="r1", labels=("microvm", "ünïcode"))
+    async with store.writing() as db:
+        await q.save_jobs(db, [first, job(2)])
+        await q.save_jobs(db, [job(2, state="completed")])
+    async with store.reading() as db:
+        found = await q.jobs_by_id(db, ["github-1", "github-2", "github-3"])
+        assert found["github-1"] == first and found["github-2"].state == "completed"
+        assert await q.find_job(db, "1") == await q.find_job(db, "github-1") == first
+        assert await q.find_job(db, "3") is None
+        assert [one.id for one in await q.list_jobs(db, limit=1)] == ["github-2"]
+        assert [one.id for one in await q.list_jobs(db, limit=9, state="queued")] == ["github-1"]
+
+
+async def test_demand_is_counted_per_group_without_what_no_template_serves(store: Store) -> None:
+    async with store.writing() as db:
+        await q.save_jobs(
+            db, [job(1), job(2), job(3, group_key="h"), job(4, group_key=None), job(5, state="waiting")]
+        )
+    async with store.reading() as db:
+        assert await q.queued_counts(db) == {"g": 2, "h": 1}
+        assert [one.id for one in await q.queued_jobs(db, "g", 1)] == ["github-1"]
+        assert [one.id for one in await q.unserved_jobs(db, 10)] == ["github-4"]
+
+
+async def test_a_step_is_persisted_only_from_the_state_it_began_in_and_by_who_holds_the_lease(
+    store: Store,
+) -> None:
+    async with store.writing() as db:
+        await q.add_runners(db, [runner(1)])
+        await q.set_runner_facts(db, "r1", serving_job_id="github-1")
+    async with store.writing() as db:
+        step = dict(runner_id="r1", values={"state": "registering"})
+        assert await q.step_runner(db, was="idle", owner="h", **step) is None  # pyright: ignore
+        assert await q.step_runner(db, was="forking", owner="other", **step) is None  # pyright: ignore
+        after = await q.step_runner(db, was="forking", owner="h", **step)  # pyright: ignore
+    assert after is not None and after.state == "registering" and after.serving_job_id == "github-1"
+    assert after.labels == ("microvm", "linux")
+
+
+async def test_leases_are_renewed_and_those_that_ran_out_here_are_taken_over(store: Store) -> None:
+    async with store.writing() as db:
+        rows = [
+            runner(1), runner(2, lease_owner="x", lease_until=10.0), runner(3, lease_owner="x", lease_until=90.0),
+            runner(4, host="other", lease_owner="other", lease_until=1.0), runner(5, state="gone"),
+            runner(6, state="wanted", host=None, lease_owner=None, lease_until=None),
+        ]  # fmt: skip
+        await q.add_runners(db, rows)
+        held = await q.renew_leases(db, "h", 50.0, 80.0)
+    assert sorted(one.id for one in held) == ["r1", "r2"]
+    assert {one.lease_until for one in held} == {80.0} and {one.lease_owner for one in held} == {"h"}
+
+
+async def test_facts_are_not_written_on_what_is_gone(store: Store) -> None:
+    async with store.writing() as db:
+        await q.add_runners(db, [runner(1, state="gone", vm_id="v1"), runner(2, vm_id="v2")])
+        await q.set_runner_facts(db, "r1", cancelled_at=1.0)
+        assert await q.kill_runner_of_vm(db, "v1", 5.0) is None
+        assert await q.kill_runner_of_vm(db, "v2", 5.0) == "r2"
+    async with store.reading() as db:
+        one, two = await q.runner(db, "r1"), await q.runner(db, "r2")
+        assert one is not None and one.cancelled_at is None and two is not None and two.killed_at == 5.0
+        assert [r.id for r in await q.active_runners(db)] == ["r2"]
+        assert await q.runner_counts(db) == {"forking": 1}
+
+
+async def test_runners_of_jobs_are_those_made_for_them_and_those_that_served_them(store: Store) -> None:
+    async with store.writing() as db:
+        await q.add_runners(
+            db, [runner(1, job_id="a"), runner(2, job_id="b", serving_job_id="a"), runner(3, job_id="c")]
+        )
+    async with store.reading() as db:
+        assert [r.id for r in await q.runners_of_job(db, "a")] == ["r2", "r1"]
+        found = await q.runners_of_jobs(db, ["a", "b"])
+    assert {key: [r.id for r in rows] for key, rows in found.items()} == {"a": ["r2", "r1"], "b": ["r2"]}
+
+
+async def test_the_timeline_keeps_its_order(store: Store) -> None:
+    rows = [
+        TimelineRow(at=at, job_id="a", runner_id=None, step=step, ms=1.0)
+        for at, step in ((2.0, "y"), (1.0, "x"), (2.0, "z"))
+    ]
+    async with store.writing() as db:
+        await q.add_timeline(db, rows)
+    async with store.reading() as db:
+        assert [row.step for row in await q.timeline_of_job(db, "a")] == ["x", "y", "z"]
+
+
+async def test_a_host_is_saved_again_and_forgotten_when_silent(store: Store) -> None:
+    async with store.writing() as db:
+        await q.save_host(db, Host("h", 4, 1024), 100.0)
+        await q.save_host(db, Host("h", 8, 2048, draining=True), 200.0)
+    async with store.reading() as db:
+        assert await q.live_hosts(db, 150.0) == [Host("h", 8, 2048, draining=True)]
+        assert await q.live_hosts(db, 250.0) == []
+
+
+async def test_only_what_is_over_is_forgotten(store: Store) -> None:
+    async with store.writing() as db:
+        await q.save_jobs(db, [job(1, state="completed"), job(2), job(3, state="completed", updated_at=99.0)])
+        await q.add_runners(
+            db, [runner(1, state="gone", ended_at=1.0), runner(2), runner(3, state="gone", ended_at=99.0)]
+        )
+        await q.put_delivery(db, delivery("a"))
+        await q.forget(db, 50.0)
+    async with store.reading() as db:
+        assert sorted(one.id for one in await q.list_jobs(db, limit=9)) == ["github-2", "github-3"]
+        assert await q.runner(db, "r1") is None and await q.runner(db, "r3") is not None
+        assert len(await q.pending_deliveries(db, 9)) == 1
+
+
+async def test_a_transaction_that_fails_leaves_nothing(store: Store) -> None:
+    with pytest.raises(RuntimeError):
+        async with store.writing() as db:
+            await q.save_jobs(db, [job(1)])
+            raise RuntimeError
+    await store.warm_up()
+    async with store.reading() as db:
+        assert await q.list_jobs(db, limit=9) == [] and await q.active_runners(db) == []
+
+
+async def test_work_whose_caller_is_cancelled_is_finished_and_costs_no_connection(store: Store) -> None:
+    for number in range(60):
+        calls = [
+            asyncio.create_task(
+                store.write(lambda db, n=number * 3 + i: q.put_delivery(db, delivery(f"guid-{n}")))
+            )
+            for i in range(3)
+        ]
+        await asyncio.sleep(0.0002 * (number % 12))
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+    await store.settle()
+    async with asyncio.timeout(1):
+        await store.write(lambda db: q.put_delivery(db, delivery("last")))
+        assert len(await store.read(lambda db: q.pending_deliveries(db, 1000))) > 1
+
+
+async def test_deciders_take_turns(store: Store) -> None:
+    order: list[str] = []
+
+    async def decide(name: str) -> None:
+        async with store.writing() as db:
+            await q.lock_scheduler(db, name, 1.0)
+            order.append(f"{name} in")
+            await asyncio.sleep(0.01)
+            order.append(f"{name} out")
+
+    await asyncio.gather(*(decide(str(number)) for number in range(4)))
+    assert all(order[i].split()[0] == order[i + 1].split()[0] for i in range(0, 8, 2))
+
+
+async def test_the_migrations_make_the_tables_of_the_schema(store: Store) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    def differences(connection: sa.Connection) -> list[object]:
+        return list(compare_metadata(MigrationContext.configure(connection), metadata))
+
+    async with store.writing() as db:
+        assert await db.run_sync(differences) == []
+        assert await db.run_sync(lambda c: MigrationContext.configure(c).get_current_revision()) == HEAD
+
+
+async def test_several_processes_may_migrate_at_once(tmp_path: Path) -> None:
+    async def start() -> None:
+        async with Store.open(sqlite_url(tmp_path / "one.db")) as opened, opened.reading() as db:
+            await q.runner_counts(db)
+
+    await asyncio.gather(*(asyncio.to_thread(asyncio.run, start()) for _ in range(4)))
+
+
+async def test_reading_neither_makes_nor_changes_a_database(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no database"):
+        async with Store.open(sqlite_url(tmp_path / "none.db"), read_only=True):
+            pass
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "other.db").touch()
+    with pytest.raises(StoreError, match="version none"):
+        async with Store.open(sqlite_url(tmp_path / "other.db"), read_only=True):
+            pass
+
+
+async def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "new.db")
+    async with Store.open(url) as opened, opened.writing() as db:
+        await db.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(StoreError, match="newer"):
+        async with Store.open(url):
+            pass
+
+
+async def test_a_file_that_is_no_database_is_refused_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_bytes(b"not a database, but long enough to be taken for one" * 100)
+    with pytest.raises(StoreError, match=r"x\.db"):
+        async with Store.open(sqlite_url(tmp_path / "x.db")):
+            pass

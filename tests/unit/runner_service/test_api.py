@@ -1,0 +1,150 @@
+"""The HTTP API over stand-ins: what it shows, what it refuses, and that its errors are problem documents."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from runner_service.api import Api, Check, Readiness
+from runner_service.views import vm_view
+from tests.unit.runner_service.world import Service, World
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@asynccontextmanager
+async def client(service: Service, *, ready: bool = True) -> AsyncIterator[httpx.AsyncClient]:
+    async def readiness() -> Readiness:
+        return Readiness(ready, (Check("database", ready, "answers"),))
+
+    async def vms():
+        return [vm_view(record) for record in service.engine.records()]
+
+    api = Api(store=service.store, logs=service.logs, metrics=service.metrics, readiness=readiness, vms=vms,
+              kill=service.scheduler.kill)  # fmt: skip
+    transport = httpx.ASGITransport(app=api.app())  # pyright: ignore
+    async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
+        yield http
+
+
+async def test_jobs_their_story_and_their_log(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.running() as service, client(service) as http:
+        job = world.forge.queue()
+        await world.until_quiet()
+        (shown,) = (await http.get("/jobs")).json()
+        assert shown["state"] == "completed" and shown["repository"] == "o/r"
+        assert (await http.get("/jobs", params={"state": "queued"})).json() == []
+        story = (await http.get(f"/jobs/{job.id}")).json()
+        assert [line["step"] for line in story["timeline"]][0] == "queued"
+        log = await http.get(f"/jobs/{job.id}/log")
+        assert log.headers["content-type"].startswith("text/plain")
+        assert log.headers["x-content-type-options"] == "nosniff"
+        assert log.text.endswith("hello from the job\ndone\n")
+        assert (
+            await http.get(f"/jobs/{job.id}/log", params={"offset": len(log.content) - 5})
+        ).text == "done\n"
+
+
+async def test_a_followed_log_begins_before_its_runner_and_ends_with_it(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.host.fork_seconds = 0.1
+    async with world.running() as service, client(service) as http:
+        job = world.forge.queue(seconds=0.2)
+        while not (await http.get("/jobs")).json():
+            await asyncio.sleep(0.01)
+        followed = asyncio.create_task(http.get(f"/jobs/{job.id}/log", params={"follow": "true"}))
+        await world.until_quiet()
+        assert (await asyncio.wait_for(followed, 5)).text.endswith("hello from the job\ndone\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/jobs/nope", 404), ("GET", "/jobs/nope/log", 404), ("GET", "/jobs?limit=0", 400),
+        ("GET", "/jobs?limit=x", 400), ("GET", "/jobs?state=odd", 400), ("GET", "/nowhere", 404),
+        ("DELETE", "/jobs", 405), ("POST", "/vms/nope/kill", 404),
+    ],
+)  # fmt: skip
+async def test_errors_are_problem_documents(tmp_path: Path, method: str, path: str, status: int) -> None:
+    world = World(tmp_path)
+    async with world.running() as service, client(service) as http:
+        answer = await http.request(method, path)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert (
+        problem["status"] == status
+        and problem["type"].startswith("urn:microvm:problem:")
+        and problem["detail"]
+    )
+
+
+async def test_a_fault_of_ours_tells_nothing_of_the_inside(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.running() as service, client(service) as http:
+
+        async def broken(_: str) -> None:
+            raise RuntimeError("s3cret")
+
+        service.scheduler.kill = broken  # pyright: ignore
+        api = Api(
+            store=service.store,
+            logs=service.logs,
+            metrics=service.metrics,
+            readiness=None,
+            vms=None,
+            kill=broken,
+        )  # pyright: ignore
+        transport = httpx.ASGITransport(app=api.app(), raise_app_exceptions=False)  # pyright: ignore
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as other:
+            answer = await other.post("/vms/x/kill")
+    assert answer.status_code == 500 and "s3cret" not in answer.text
+    assert answer.json()["type"] == "urn:microvm:problem:internal_error"
+
+
+async def test_a_web_page_gives_no_orders(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.running() as service, client(service) as http:
+        answer = await http.post("/vms/x/kill", headers={"origin": "https://evil.example"})
+    assert answer.status_code == 403
+
+
+async def test_a_kill_ends_the_vm_and_its_runner(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.running() as service, client(service) as http:
+        job = world.forge.queue(seconds=30)
+        while job.runs == 0:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        (vm,) = (await http.get("/vms")).json()
+        assert (await http.post(f"/vms/{vm['id']}/kill")).status_code == 202
+        await world.until_quiet()
+        assert (await http.get("/vms")).json() == []
+
+
+async def test_health_readiness_and_metrics(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.running() as service, client(service) as http:
+        world.forge.queue()
+        await world.until_quiet()
+        assert (await http.get("/healthz")).json()["status"] == "ok"
+        assert (await http.get("/readyz")).status_code == 200
+        metrics = (await http.get("/metrics")).text
+        for name in (
+            "microvm_step_seconds_bucket",
+            "microvm_reasons_total",
+            'microvm_runners{state="busy"} 0.0',
+            "microvm_vms",
+        ):
+            assert name in metrics
+        async with client(service, ready=False) as other:
+            assert (await other.get("/readyz")).status_code == 503
