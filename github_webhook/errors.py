@@ -28,7 +28,6 @@ Every class has a stable ``code``: the log key, the metric label and the problem
 No message here ever holds a body, a token or a configuration.
 """
 
-# ruff: noqa: N818 - these names are the field's own words for the failures
 from typing import ClassVar
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Literal, TypeVar
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, urljoin, urlsplit
 
 import httpx
 import msgspec
@@ -48,6 +48,7 @@ class Answer(msgspec.Struct, frozen=True):
     status: int
     request_id: str | None
     body: bytes
+    next_cursor: str | None = None
 
     def __repr__(self) -> str:
         return f"Answer(status={self.status}, request_id={self.request_id!r}, <{len(self.body)} bytes>)"
@@ -218,7 +219,7 @@ class Rest:
                     request_id=request_id,
                 )
         if 200 <= status < 300:
-            return Answer(status, request_id, bytes(body))
+            return Answer(status, request_id, bytes(body), _next_cursor(response))
         error = _error(what, response, bytes(body))
         if isinstance(error, RateLimited):
             self._pause(bucket, error.retry_at)
@@ -280,6 +281,15 @@ _BY_STATUS: dict[int, type[ForgeError]] = {
     410: NotFound,
     422: Unprocessable,
 }
+
+
+def _next_cursor(response: httpx.Response) -> str | None:
+    """The ``cursor`` of the next page, where a listing has cursors instead of page numbers."""
+    try:
+        query = urlsplit(response.links.get("next", {}).get("url", "")).query
+    except ValueError:
+        return None
+    return next(iter(parse_qs(query).get("cursor", [])), None)
 
 
 def _retry_at(response: httpx.Response, said: str) -> float | None:

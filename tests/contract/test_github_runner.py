@@ -4,31 +4,30 @@ What holds here is what the service may expect of ``bin/Runner.Listener run`` in
 """
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
 import tarfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from tests.standins.github import as_process
-from tests.standins.github_state import Times
-from tests.standins.github_world import OWNER, REPO, SCOPE, ForgeWorld, forge_world, git, make_repository
+from tests.standins.github_model import Times
+from tests.standins.github_world import (
+    OWNER,
+    REPO,
+    SCOPE,
+    ForgeWorld,
+    forge_world,
+    git,
+    make_repository,
+    workflow_of,
+)
 from tests.standins.runner import build_runner_tarball
 
 pytestmark = pytest.mark.anyio
-
-Worlds = Callable[..., AbstractAsyncContextManager[ForgeWorld]]
-
-
-def job(*steps: str, head: str = "") -> str:
-    """A workflow of one job with these ``run`` steps."""
-    lines = ["jobs:", "  test:", "    runs-on: microvm", *([f"    {head}"] if head else []), "    steps:"]
-    return "\n".join([*lines, *(f"      - run: {json.dumps(step)}" for step in steps)]) + "\n"
 
 
 @pytest.fixture
@@ -102,7 +101,7 @@ jobs:
 
 
 async def test_a_failing_step_fails_the_job_but_not_the_runner(tmp_path: Path) -> None:
-    async with forge_world(tmp_path, job("echo before; false; echo behind", "echo never")) as world:
+    async with forge_world(tmp_path, workflow_of("echo before; false; echo behind", "echo never")) as world:
         run = await world.forge.queue_run(OWNER, REPO)
         runner = await world.runner()
         assert await runner.exit() == 0
@@ -115,7 +114,7 @@ async def test_a_failing_step_fails_the_job_but_not_the_runner(tmp_path: Path) -
 
 
 async def test_steps_hand_on_environment_and_path(tmp_path: Path) -> None:
-    workflow = job(
+    workflow = workflow_of(
         "mkdir tools; printf '#!/bin/sh\\necho tool ran\\n' > tools/tool; chmod +x tools/tool\n"
         'echo "$PWD/tools" >> "$GITHUB_PATH"\n'
         'echo "ANSWER=42" >> "$GITHUB_ENV"\n'
@@ -134,7 +133,7 @@ async def test_steps_hand_on_environment_and_path(tmp_path: Path) -> None:
 async def test_the_log_is_live(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     async with forge_world(
-        tmp_path, job(f"echo first; while [ ! -e {gate} ]; do sleep 0.05; done; echo last")
+        tmp_path, workflow_of(f"echo first; while [ ! -e {gate} ]; do sleep 0.05; done; echo last")
     ) as world:
         run = await world.forge.queue_run(OWNER, REPO)
         runner = await world.runner(ACTIONS_RUNNER_PRINT_LOG_TO_STDOUT="1")
@@ -147,7 +146,9 @@ async def test_the_log_is_live(tmp_path: Path) -> None:
 
 
 async def test_much_output_arrives_whole_and_in_order(tmp_path: Path) -> None:
-    async with forge_world(tmp_path, job("for i in $(seq 1 60000); do echo line-$i-ü; done")) as world:
+    async with forge_world(
+        tmp_path, workflow_of("for i in $(seq 1 60000); do echo line-$i-ü; done")
+    ) as world:
         run = await world.forge.queue_run(OWNER, REPO)
         await world.runner()
         await world.forge.wait_for(run.jobs[0])
@@ -162,7 +163,7 @@ async def test_odd_output_does_no_harm(tmp_path: Path) -> None:
         "printf '\\377\\376 bytes\\n'",
         "head -c 300000 /dev/zero | tr '\\0' x; echo; echo tail",
     )
-    async with forge_world(tmp_path, job(*steps)) as world:
+    async with forge_world(tmp_path, workflow_of(*steps)) as world:
         run = await world.forge.queue_run(OWNER, REPO)
         await world.runner()
         done = await world.forge.wait_for(run.jobs[0])
@@ -173,7 +174,7 @@ async def test_odd_output_does_no_harm(tmp_path: Path) -> None:
 
 async def test_a_cancel_ends_the_steps_and_what_they_started(tmp_path: Path) -> None:
     steps = ("(sleep 300 &) ; trap '' INT; echo started; sleep 300", "echo never")
-    async with forge_world(tmp_path, job(*steps)) as world:
+    async with forge_world(tmp_path, workflow_of(*steps)) as world:
         run = await world.forge.queue_run(OWNER, REPO)
         runner = await world.runner(MARKER="cancel-me-7c1f")
         await world.forge.wait_for_log(run.jobs[0], "\nstarted\n")
@@ -189,7 +190,7 @@ async def test_a_cancel_ends_the_steps_and_what_they_started(tmp_path: Path) -> 
 
 async def test_background_processes_live_between_steps_and_end_with_the_job(tmp_path: Path) -> None:
     steps = ("sleep 300 & echo $! > pid", "kill -0 $(cat pid) && echo still there")
-    async with forge_world(tmp_path, job(*steps)) as world:
+    async with forge_world(tmp_path, workflow_of(*steps)) as world:
         run = await world.forge.queue_run(OWNER, REPO)
         runner = await world.runner(MARKER="background-91aa")
         done = await world.forge.wait_for(run.jobs[0])
@@ -209,7 +210,7 @@ async def test_terminated_while_idle(world: ForgeWorld, number: int) -> None:
 
 
 async def test_terminated_in_the_middle_of_a_job(tmp_path: Path) -> None:
-    async with forge_world(tmp_path, job("echo started; sleep 300")) as world:
+    async with forge_world(tmp_path, workflow_of("echo started; sleep 300")) as world:
         run = await world.forge.queue_run(OWNER, REPO)
         runner = await world.runner(MARKER="terminate-55d0")
         await world.forge.wait_for_log(run.jobs[0], "\nstarted\n")
@@ -221,7 +222,7 @@ async def test_terminated_in_the_middle_of_a_job(tmp_path: Path) -> None:
 async def test_killed_in_the_middle_of_a_job(tmp_path: Path) -> None:
     """GitHub notices only after a while, fails the job, and the registration is gone."""
     times = Times(lost_runner=1.0)
-    async with forge_world(tmp_path, job("echo started; sleep 300"), times=times) as world:
+    async with forge_world(tmp_path, workflow_of("echo started; sleep 300"), times=times) as world:
         run = await world.forge.queue_run(OWNER, REPO)
         runner = await world.runner(MARKER="killed-3b20")
         await world.forge.wait_for_log(run.jobs[0], "\nstarted\n")
@@ -242,146 +243,6 @@ def _environ(directory: Path) -> str:
         return (directory / "environ").read_text(errors="replace")
     except OSError:
         return ""
-
-
-# -- a forge in trouble --------------------------------------------------------------------------
-
-
-async def test_the_forge_is_away_when_the_runner_starts(world: ForgeWorld) -> None:
-    run = await world.forge.queue_run(OWNER, REPO)
-    registration = await world.github.generate_jit_config(SCOPE, name="warm-up", labels=["x"])
-    assert registration.runner_id
-    world.forge.fault("POST /_standin/session", drop="before", times=3)
-    world.forge.fault("POST /_standin/session", status=503, times=2)
-    runner = await world.runner()
-    await world.forge.wait_for(run.jobs[0])
-    assert await runner.exit() == 0
-    assert "Retrying until reconnected" in runner.text
-
-
-async def test_the_forge_goes_away_and_comes_back_while_idle(world: ForgeWorld) -> None:
-    runner = await world.runner()
-    await world.until_online(runner)
-    await world.forge.pause()
-    await asyncio.sleep(0.5)
-    await world.forge.resume()
-    run = await world.forge.queue_run(OWNER, REPO)
-    await world.forge.wait_for(run.jobs[0])
-    assert await runner.exit() == 0
-
-
-async def test_the_forge_goes_away_and_comes_back_in_the_middle_of_a_job(tmp_path: Path) -> None:
-    gate, over = tmp_path / "gate", tmp_path / "over"
-    workflow = job(f"echo first; while [ ! -e {gate} ]; do sleep 0.05; done; echo while-away; touch {over}")
-    async with forge_world(tmp_path, workflow) as world:
-        run = await world.forge.queue_run(OWNER, REPO)
-        runner = await world.runner()
-        await world.forge.wait_for_log(run.jobs[0], "\nfirst\n")
-        await world.forge.pause()
-        gate.touch()
-        async with asyncio.timeout(10):
-            while not over.exists():  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
-        await asyncio.sleep(0.5)
-        await world.forge.resume()
-        done = await world.forge.wait_for(run.jobs[0])
-        assert await runner.exit() == 0
-        assert done.conclusion == "success"
-        assert world.forge.log(done.id).count("\nwhile-away\n") == 1
-
-
-@pytest.mark.parametrize(
-    "route",
-    [
-        "GET /_standin/session/*/message",
-        "POST /_standin/jobs/*/acquire",
-        "POST /_standin/jobs/*/log",
-        "POST /_standin/jobs/*/complete",
-    ],
-)
-async def test_lost_answers_change_nothing(world: ForgeWorld, route: str) -> None:
-    run = await world.forge.queue_run(OWNER, REPO)
-    lost = world.forge.fault(route, drop="after", times=2)
-    broken = world.forge.fault(route, status=502, times=1)
-    runner = await world.runner()
-    done = await world.forge.wait_for(run.jobs[0])
-    assert await runner.exit() == 0
-    assert done.conclusion == "success" and lost.hits == 2
-    assert broken.hits == 1 or route.endswith("message")
-    assert world.forge.log(done.id).count("good morning\n") == 1
-    assert [s.action for s in world.forge.webhooks.sent] == ["queued", "in_progress", "completed"]
-
-
-async def test_a_job_handed_to_nobody_is_queued_again(world: ForgeWorld) -> None:
-    """A runner that took the message and died before it acquired the job."""
-    world.forge.actions.times.pick_up = 0.5
-    run = await world.forge.queue_run(OWNER, REPO)
-    dead = world.forge.actions.register(
-        "repository", OWNER, REPO, "dead", ["microvm", "self-hosted"], "_work"
-    )
-    world.forge.actions.open_session(dead, "2.329.0")
-    assert dead.job is run.jobs[0]
-    world.forge.actions.close_session(dead)
-    runner = await world.runner("alive")
-    done = await world.forge.wait_for(run.jobs[0])
-    assert done.runner_name == "alive" and await runner.exit() == 0
-
-
-# -- exit codes ----------------------------------------------------------------------------------
-
-
-async def test_not_configured(world: ForgeWorld) -> None:
-    runner = await world.runner()
-    for name in (".runner", ".credentials", ".credentials_rsaparams"):
-        broken = world.tmp / f"broken{name}"
-        subprocess.run(["cp", "-r", runner.root, broken], check=True)
-        (broken / name).unlink()
-        done = subprocess.run(
-            [broken / "bin/Runner.Listener", "run"], capture_output=True, timeout=10, check=False
-        )
-        assert done.returncode == 1 and b"Not configured" in done.stdout and name.encode() in done.stdout
-
-
-async def test_the_registration_is_gone(world: ForgeWorld) -> None:
-    runner = await world.runner()
-    await world.until_online(runner)
-    assert await world.github.delete_runner(SCOPE, runner.id) == "deleted"
-    assert await runner.exit() == 1
-
-
-async def test_a_registration_too_old_to_be_used(world: ForgeWorld) -> None:
-    world.forge.actions.times.registration = -1.0
-    runner = await world.runner()
-    assert await runner.exit() == 1
-    assert "expired" in runner.text
-
-
-async def test_a_session_conflict(world: ForgeWorld) -> None:
-    world.forge.fault("POST /_standin/session", status=409, times=None)
-    runner = await world.runner(STANDIN_RUNNER_CONFLICT_SECONDS="0.3")
-    assert await runner.exit() == 5
-
-
-async def test_a_deprecated_version(world: ForgeWorld) -> None:
-    world.forge.actions.minimum_version = (99,)
-    runner = await world.runner()
-    assert await runner.exit() == 7
-    assert "deprecated" in runner.text
-
-
-async def test_hooks(world: ForgeWorld) -> None:
-    hook = world.tmp / "hook.sh"
-    hook.write_text('echo "hook in $GITHUB_REPOSITORY"; [ -z "$HOOK_FAILS" ]\n')
-    for name, fails, conclusion in (("ok", "", "success"), ("bad", "1", "failure")):
-        run = await world.forge.queue_run(OWNER, REPO)
-        env = {"ACTIONS_RUNNER_HOOK_JOB_STARTED": str(hook), "ACTIONS_RUNNER_HOOK_JOB_COMPLETED": str(hook)}
-        runner = await world.runner(name, HOOK_FAILS=fails, **env)
-        done = await world.forge.wait_for(run.jobs[0])
-        assert await runner.exit() == 0
-        assert done.conclusion == conclusion
-        assert world.forge.log(done.id).count(f"hook in {OWNER}/{REPO}\n") == 2
-        assert ("good morning" in world.forge.log(done.id)) == (conclusion == "success")
-        assert [s["name"] for s in done.steps][1] == "Set up runner"
 
 
 # -- checkout ------------------------------------------------------------------------------------

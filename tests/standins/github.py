@@ -26,10 +26,11 @@ from tests.standins import github_git
 from tests.standins.github_control import Control
 from tests.standins.github_faults import Fault, Faults
 from tests.standins.github_http import HttpServer, Request, Response, answer
+from tests.standins.github_model import Job, Repository, Run, Times
 from tests.standins.github_rest import App, Rest, Token
 from tests.standins.github_runners import RunnerApi, jit_config
 from tests.standins.github_shapes import Shapes
-from tests.standins.github_state import Actions, Job, Repository, Run, Times
+from tests.standins.github_state import Actions
 from tests.standins.github_webhooks import HOOK_ID, Sent, Webhooks
 
 WORKFLOW = ".github/workflows/ci.yml"

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from tests.standins.github_faults import Fault
 from tests.standins.github_git import WorkflowError
 from tests.standins.github_http import Request, Response, answer
-from tests.standins.github_state import Job, Refused, Run
+from tests.standins.github_model import Job, Run
+from tests.standins.github_state import Refused
 
 if TYPE_CHECKING:
     from tests.standins.github import StandinGitHub

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -156,9 +157,11 @@ async def serve(request: Request, directory: Path, rest: str) -> Response:
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
     try:
-        process.stdin.write(request.body)
-        await process.stdin.drain()
-        process.stdin.close()
+        # It may answer, and end, without reading its input.
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(request.body)
+            await process.stdin.drain()
+            process.stdin.close()
         status, headers = await _cgi_head(process.stdout)
     except BaseException:
         await _end(process)

@@ -7,6 +7,7 @@ handler is cancelled the moment its client goes away, so a job is never handed t
 import asyncio
 import contextlib
 import json
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -17,7 +18,7 @@ MAX_BODY = 64 << 20
 IDLE_SECONDS = 120.0
 
 
-class Drop(Exception):  # noqa: N818
+class Drop(Exception):
     """Close the connection without an answer."""
 
 
@@ -90,6 +91,8 @@ class HttpServer:
         self._open.add(task)
         try:
             await _Connection(self._handler, reader, writer).run()
+            writer.close()
+            await writer.wait_closed()
         except (ConnectionError, TimeoutError, h11.ProtocolError, Drop, asyncio.CancelledError):
             pass
         finally:
@@ -135,12 +138,22 @@ class _Connection:
                     self._h11.receive_data(data)
                     if not data and not work.done():
                         raise ConnectionResetError
-            return work.result()
+            return self._result(work)
         finally:
             if not work.done():
                 work.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await work
+
+    def _result(self, work: asyncio.Future[Response]) -> Response:
+        error = work.exception()
+        if error is None:
+            return work.result()
+        if isinstance(error, Drop):
+            raise error
+        # A mistake of the stand-in must not look like a network failure.
+        traceback.print_exception(error)
+        return answer(500, {"message": f"{type(error).__name__}: {error}"})
 
     async def _event(self) -> object:
         while True:

@@ -10,8 +10,9 @@ from typing import Any
 import jwt
 
 from tests.standins.github_http import Request, Response, answer
+from tests.standins.github_model import Job, Repository, Run, Runner
 from tests.standins.github_shapes import Shapes, iso
-from tests.standins.github_state import Actions, Job, Refused, Repository, Run, Runner
+from tests.standins.github_state import Actions, Refused
 from tests.standins.github_webhooks import Webhooks
 
 DOCS = "https://docs.github.com/rest"
@@ -183,7 +184,13 @@ class Rest:
     async def deliveries(self, request: Request, who: object) -> Response:
         _as_app(who)
         count = min(100, _number(request.query.get("per_page", "30")))
-        return answer(200, [_delivery(sent) for sent in reversed(self.webhooks.sent)][:count])
+        before = _number(request.query.get("cursor", "v1_999999999").removeprefix("v1_"))
+        found = [sent for sent in reversed(self.webhooks.sent) if sent.id < before and sent.delivered_at]
+        response = answer(200, [_delivery(sent) for sent in found[:count]])
+        if len(found) > count:
+            cursor = f"cursor=v1_{found[count - 1].id}&per_page={count}"
+            response.headers["link"] = f'<{self.shapes.api}/app/hook/deliveries?{cursor}>; rel="next"'
+        return response
 
     @_route("POST", "/app/hook/deliveries/{delivery_id}/attempts")
     async def attempt(self, _request: Request, who: object, delivery_id: str) -> Response:

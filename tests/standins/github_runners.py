@@ -19,7 +19,8 @@ import time
 from typing import Any
 
 from tests.standins.github_http import Request, Response, answer
-from tests.standins.github_state import Actions, Job, Refused, Runner
+from tests.standins.github_model import Job, Runner
+from tests.standins.github_state import Actions, Refused
 
 _PATH = re.compile(r"/_standin/(session|jobs)(?:/([^/]+))?(?:/([^/]+))?")
 MAX_WAIT = 50.0

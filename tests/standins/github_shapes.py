@@ -4,7 +4,7 @@ import base64
 from datetime import UTC, datetime
 from typing import Any
 
-from tests.standins.github_state import Job, Repository, Run, Runner
+from tests.standins.github_model import Job, Repository, Run, Runner
 
 Json = dict[str, Any]
 

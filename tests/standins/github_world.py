@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from github_webhook import jit
 from github_webhook.app_auth import Scope, TokenAuth
 from github_webhook.github import GitHub
 from tests.standins.github import StandinGitHub
-from tests.standins.github_state import Times
+from tests.standins.github_model import Times
 from tests.standins.runner import build_runner_tarball
 
 OWNER, REPO = "octo-org", "demo"
@@ -36,6 +37,12 @@ jobs:
           echo "$GREETING from $GITHUB_SHA"
           cat greeting.txt
 """
+
+
+def workflow_of(*steps: str, head: str = "") -> str:
+    """A workflow of one job with these ``run`` steps."""
+    lines = ["jobs:", "  test:", "    runs-on: microvm", *([f"    {head}"] if head else []), "    steps:"]
+    return "\n".join([*lines, *(f"      - run: {json.dumps(step)}" for step in steps)]) + "\n"
 
 
 def git(directory: Path, *args: str) -> str:

@@ -14,7 +14,7 @@ from github_webhook.app_auth import AppAuth, Scope
 from github_webhook.errors import NotFound, RateLimited, Unauthorized, Unavailable
 from github_webhook.github import GitHub
 from tests.standins.github import AppCredentials, StandinGitHub
-from tests.standins.github_state import Repository
+from tests.standins.github_model import Repository
 
 pytestmark = pytest.mark.anyio
 

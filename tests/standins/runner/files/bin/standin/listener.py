@@ -20,7 +20,7 @@ CALL_TIMEOUT = 15.0
 POLL_SECONDS = 50
 
 
-class Exit(Exception):  # noqa: N818
+class Exit(Exception):
     """Leave with this exit code."""
 
     def __init__(self, code, text):
