@@ -1,4 +1,4 @@
-"""The service's HTTP API (Litestar): health, metrics, jobs with their stories and logs, VMs. Errors are problem documents.
+"""The service's HTTP API (Litestar): health, metrics, jobs with stories and logs, VMs; errors are problem documents.
 
 GET  /healthz  /readyz  /metrics
 GET  /jobs?limit=&state=      GET /jobs/{job}      GET /jobs/{job}/log?offset=&follow=
@@ -167,8 +167,7 @@ class Api:
         """The log of the job's runner; with ``follow`` it is waited for, and read until the runner ends."""
         while follow and not self._has_log(story) and story.job.state != "completed" and not self.logs.ending:
             await self.logs.opened(_BEFORE_RUNNER)
-            job_id = story.job.id
-            story = await self.store.read(lambda db: views.story(db, job_id)) or story
+            story = await self._story(story.job.id)
         if story.job.runner is not None:
             async for piece in self.logs.read(story.job.runner, offset=offset, follow=follow):
                 yield piece

@@ -36,7 +36,7 @@ api_option = click.option(
 class _Group(RichGroup):
     """Commands in the order of first use, not of the alphabet."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(self.commands)
 
 

@@ -32,7 +32,8 @@ from runner_service import github_forge, telemetry, views
 from runner_service.api import Api, Check, Readiness
 from runner_service.decide import Decider, Rules
 from runner_service.domain import Host, Ignored, JobEvent, Runner, Template
-from runner_service.flow import Flow, Limits
+from runner_service.facts import Limits
+from runner_service.flow import Flow
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
 from runner_service.ports import Forge

@@ -25,7 +25,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
-import msgspec
 import structlog
 
 from github_webhook.errors import ForgeError, RateLimited, Unavailable
@@ -39,52 +38,20 @@ from runner_service.domain import (
     RunnerState,
     Wait,
 )
+from runner_service.facts import EXIT_MEANING, FORCED, Limits, facts, late
 from runner_service.joblog import JobLogs
 from runner_service.live import EXEC_ID, Live
 from runner_service.ports import Catalog, Forge, Hypervisor, RunnerVm
-from runner_service.settings import Runners
 from vmm_core.errors import GuestRefused, UnknownVm, VmmError
 from vmm_core.machine import EgressRule, GuestFile
 
 log = structlog.get_logger("flow")
 T = TypeVar("T")
 
-# Exit codes of Runner.Listener; 0 does not say that the job passed.
-EXIT_MEANING = {0: "ended", 1: "was terminated", 2: "asks to be retried", 3: "is updating", 4: "is updating",
-                5: "found its session taken", 7: "is too old for the forge"}  # fmt: skip
-
-# Reasons to leave at once: what runs in the VM is over, or must be. All others ask the forge first, and believe it.
-FORCED = frozenset({"runner_exited", "runner_failed", "completed", "killed", "vm_lost", "vm_died", "late_busy", "late_retiring",
-                    "channel_lost", "runner_lost"})  # fmt: skip
-BENIGN = frozenset({"runner_exited", "completed", "killed", "cancelled", "late_idle", "late_busy"})
 _REGISTER_PAUSES = (0.25, 1.0, 3.0)
 _LOOK_EVERY = (2.0, 5.0, 10.0, 15.0)
 _BUSY_EVERY = 15.0
 _RETRY_EVERY = 5.0
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """How long a runner may stay in each state, in seconds."""
-
-    by_state: Mapping[RunnerState, float]
-    exit_grace: float
-    ttl: float
-
-    @classmethod
-    def of(cls, runners: Runners) -> "Limits":
-        by_state: dict[RunnerState, float] = {
-            "wanted": runners.wanted_limit_s,
-            "placed": runners.fork_limit_s,
-            "forking": runners.fork_limit_s,
-            "registering": runners.online_limit_s,
-            "idle": runners.idle_limit_s,
-            "busy": runners.job_limit_s,
-            "retiring": runners.retire_limit_s,
-            "gone": 0.0,
-        }
-        # The engine ends the VM by itself after this, should the service never come back.
-        ttl = sum(by_state.values()) - runners.wanted_limit_s + runners.exit_grace_s
-        return cls(by_state, runners.exit_grace_s, ttl)
 
 
 class Flow:
@@ -186,7 +153,7 @@ class Flow:
         t = vm.timings
         live.note(
             runner, self.clock(), "forked",
-            f"VM {vm.id} in {t.total_ms:.0f} ms (disk {t.disk_ms:.0f}, start {t.spawn_ms:.0f}, revive {t.revive_ms:.0f})",
+            f"VM {vm.id} in {t.total_ms:.0f} ms (disk {t.disk_ms:.0f}, start {t.spawn_ms:.0f}, revive {t.revive_ms:.0f})",  # noqa: E501
         )  # fmt: skip
         return vm
 
@@ -401,36 +368,3 @@ class Flow:
                 live.said = str(error)
                 live.note(runner, self.clock(), "forge failed", str(error))
             return None
-
-
-def facts(runner: Runner, live: Live, now: float) -> Goto | None:
-    """What is true before the step and overrules it: killed, lost, cancelled, late."""
-    if runner.state in ("retiring", "gone"):
-        return None
-    if runner.killed_at is not None:
-        return Goto("retiring", "killed by an operator", "killed")
-    if live.ended is not None:
-        if live.exit is not None:
-            # The process exited and then the VM ended: the exit is the better story, the handler tells it.
-            return None
-        tail = f"; console: …{live.ended.console_tail[-300:]}" if live.ended.console_tail else ""
-        return Goto("retiring", f"the VM ended: {live.ended.reason or live.ended.kind}{tail}", "vm_died")
-    if live.lost is not None:
-        return Goto("retiring", live.lost, live.lost_code)
-    if runner.cancelled_at is not None and runner.serving_job_id is None and runner.state != "busy":
-        return Goto("retiring", "no job needs it any more", "cancelled")
-    if now >= runner.deadline:
-        return late(runner)
-    return None
-
-
-def late(runner: Runner) -> Goto:
-    """Lateness as a reason to retire."""
-    seconds = runner.deadline - runner.state_at
-    what = {
-        "forking": f"not forked and registered within {seconds:.0f} s",
-        "registering": f"the runner did not come online within {seconds:.0f} s",
-        "idle": f"idle for {seconds:.0f} s without a job",
-        "busy": f"the job took longer than its limit of {seconds:.0f} s",
-    }
-    return Goto("retiring", what.get(runner.state, f"late in state {runner.state}"), f"late_{runner.state}")

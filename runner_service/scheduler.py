@@ -21,7 +21,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from runner_service import demand
 from runner_service.decide import Decider, Decision
 from runner_service.domain import Answer, Done, Goto, Host, JobEvent, Runner, Wait, timeline
-from runner_service.flow import BENIGN, Flow, Limits
+from runner_service.facts import BENIGN, Limits
+from runner_service.flow import Flow
 from runner_service.live import Live
 from runner_service.ports import Hypervisor, RunnerVm
 from runner_service.reaper import Reaper
@@ -324,7 +325,7 @@ class Scheduler:
         values = dict(live.changes)
         lines = list(live.lines)
         if isinstance(answer, Goto):
-            values |= self._entering(runner, answer, now)
+            values |= self._entering(answer, now)
             entered = msgspec.structs.replace(runner, **values)
             lines.append(timeline(entered, now, answer.state, answer.reason))
         else:
@@ -351,7 +352,7 @@ class Scheduler:
             self._entered(runner, answer, now, live.retry_at)
         return after
 
-    def _entering(self, runner: Runner, answer: Goto, now: float) -> dict[str, object]:
+    def _entering(self, answer: Goto, now: float) -> dict[str, object]:
         values: dict[str, object] = {
             "state": answer.state,
             "state_at": now,

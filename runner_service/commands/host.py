@@ -71,7 +71,7 @@ async def templates(data_dir: Path, *, as_json: bool) -> int:
     return 0
 
 
-class _progress:  # noqa: N801 - used as a context manager, reads like a function
+class _progress:  # noqa: N801
     """Live bars on a terminal, else a line per message; either way on stderr."""
 
     def __init__(self) -> None:

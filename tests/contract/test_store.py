@@ -39,33 +39,33 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 def job(number: int, **more: object) -> Job:
-    values: dict[str, object] = dict(
-        id=f"github-{number}", forge="github", forge_job_id=str(number), owner="o", repo="r",
-        scope_kind="repository", scope_path="o/r", labels=("microvm",), state="queued", event_at=float(number),
-        updated_at=float(number), group_key="g",
-    )  # fmt: skip
+    values: dict[str, object] = {
+        "id": f"github-{number}", "forge": "github", "forge_job_id": str(number), "owner": "o", "repo": "r",
+        "scope_kind": "repository", "scope_path": "o/r", "labels": ("microvm",), "state": "queued", "event_at": float(number),  # noqa: E501
+        "updated_at": float(number), "group_key": "g",
+    }  # fmt: skip
     return Job(**(values | more))  # pyright: ignore
 
 
 def runner(number: int, **more: object) -> Runner:
-    values: dict[str, object] = dict(
-        id=f"r{number}", forge="github", scope_kind="repository", scope_path="o/r", labels=("microvm", "linux"),
-        group_key="g", template="t", memory_mib=512, state="forking", state_at=1.0, deadline=2.0,
-        created_at=float(number), event_at=1.5, host="h", lease_owner="h", lease_until=10.0,
-    )  # fmt: skip
+    values: dict[str, object] = {
+        "id": f"r{number}", "forge": "github", "scope_kind": "repository", "scope_path": "o/r", "labels": ("microvm", "linux"),  # noqa: E501
+        "group_key": "g", "template": "t", "memory_mib": 512, "state": "forking", "state_at": 1.0, "deadline": 2.0,
+        "created_at": float(number), "event_at": 1.5, "host": "h", "lease_owner": "h", "lease_until": 10.0,
+    }  # fmt: skip
     return Runner(**(values | more))  # pyright: ignore
 
 
 def delivery(guid: str) -> dict[str, object]:
-    return dict(
-        id=guid,
-        forge="github",
-        event="workflow_job",
-        action="queued",
-        hook_id="1",
-        received_at=1.25,
-        payload=b"{}",
-    )
+    return {
+        "id": guid,
+        "forge": "github",
+        "event": "workflow_job",
+        "action": "queued",
+        "hook_id": "1",
+        "received_at": 1.25,
+        "payload": b"{}",
+    }
 
 
 async def test_a_delivery_is_stored_once_and_known_until_it_is_processed(store: Store) -> None:
@@ -114,7 +114,7 @@ async def test_a_step_is_persisted_only_from_the_state_it_began_in_and_by_who_ho
         await q.add_runners(db, [runner(1)])
         await q.set_runner_facts(db, "r1", serving_job_id="github-1")
     async with store.writing() as db:
-        step = dict(runner_id="r1", values={"state": "registering"})
+        step = {"runner_id": "r1", "values": {"state": "registering"}}
         assert await q.step_runner(db, was="idle", owner="h", **step) is None  # pyright: ignore
         assert await q.step_runner(db, was="forking", owner="other", **step) is None  # pyright: ignore
         after = await q.step_runner(db, was="forking", owner="h", **step)  # pyright: ignore

@@ -10,7 +10,7 @@ import pytest
 
 from runner_service.api import Api, Check, Readiness
 from runner_service.views import vm_view
-from tests.unit.runner_service.world import Service, World
+from tests.unit.runner_service.world import Service, World, until
 
 pytestmark = pytest.mark.anyio
 
@@ -44,7 +44,7 @@ async def test_jobs_their_story_and_their_log(tmp_path: Path) -> None:
         assert shown["state"] == "completed" and shown["repository"] == "o/r"
         assert (await http.get("/jobs", params={"state": "queued"})).json() == []
         story = (await http.get(f"/jobs/{job.id}")).json()
-        assert [line["step"] for line in story["timeline"]][0] == "queued"
+        assert next(line["step"] for line in story["timeline"]) == "queued"
         log = await http.get(f"/jobs/{job.id}/log")
         assert log.headers["content-type"].startswith("text/plain")
         assert log.headers["x-content-type-options"] == "nosniff"
@@ -59,8 +59,7 @@ async def test_a_followed_log_begins_before_its_runner_and_ends_with_it(tmp_path
     world.host.fork_seconds = 0.1
     async with world.running() as service, client(service) as http:
         job = world.forge.queue(seconds=0.2)
-        while not (await http.get("/jobs")).json():
-            await asyncio.sleep(0.01)
+        await service.story(job.id)
         followed = asyncio.create_task(http.get(f"/jobs/{job.id}/log", params={"follow": "true"}))
         await world.until_quiet()
         assert (await asyncio.wait_for(followed, 5)).text.endswith("hello from the job\ndone\n")
@@ -90,7 +89,7 @@ async def test_errors_are_problem_documents(tmp_path: Path, method: str, path: s
 
 async def test_a_fault_of_ours_tells_nothing_of_the_inside(tmp_path: Path) -> None:
     world = World(tmp_path)
-    async with world.running() as service, client(service) as http:
+    async with world.running() as service, client(service):
 
         async def broken(_: str) -> None:
             raise RuntimeError("s3cret")
@@ -122,8 +121,7 @@ async def test_a_kill_ends_the_vm_and_its_runner(tmp_path: Path) -> None:
     world = World(tmp_path)
     async with world.running() as service, client(service) as http:
         job = world.forge.queue(seconds=30)
-        while job.runs == 0:
-            await asyncio.sleep(0.01)
+        await until(lambda: job.runs)
         await asyncio.sleep(0.05)
         (vm,) = (await http.get("/vms")).json()
         assert (await http.post(f"/vms/{vm['id']}/kill")).status_code == 202

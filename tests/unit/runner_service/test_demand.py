@@ -14,11 +14,11 @@ GROUPS = ("a", "b")
 
 
 def runner(number: int, state: str = "idle", group: str = "a", **more: object) -> Runner:
-    values: dict[str, object] = dict(
-        id=f"r{number}", forge="github", scope_kind="repository", scope_path="o/r", labels=("microvm",),
-        group_key=group, template="python-ci", memory_mib=512, state=state, state_at=0.0, deadline=1.0,
-        created_at=float(number), event_at=0.0,
-    )  # fmt: skip
+    values: dict[str, object] = {
+        "id": f"r{number}", "forge": "github", "scope_kind": "repository", "scope_path": "o/r", "labels": ("microvm",),
+        "group_key": group, "template": "python-ci", "memory_mib": 512, "state": state, "state_at": 0.0, "deadline": 1.0,  # noqa: E501
+        "created_at": float(number), "event_at": 0.0,
+    }  # fmt: skip
     return Runner(**(values | more))  # pyright: ignore
 
 

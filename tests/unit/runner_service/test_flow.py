@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from github_webhook.errors import Forbidden, RateLimited, Unavailable
-from tests.unit.runner_service.world import RUNNERS, World
+from tests.unit.runner_service.world import RUNNERS, World, until
 from vmm_core.errors import PoolFull
 from vmm_core.machine import VmExit
 
@@ -172,8 +172,7 @@ async def test_a_vm_that_dies_is_told_and_given_back(tmp_path: Path) -> None:
     world = World(tmp_path)
     async with world.running() as service:
         job = world.forge.queue(seconds=30)
-        while job.runs == 0:
-            await asyncio.sleep(0.01)
+        await until(lambda: job.runs)
         (machine,) = world.host.machines.values()
         machine.end(
             VmExit(kind="signaled", signal=9, reason="the VMM was killed by signal 9", console_tail="oops")
@@ -208,8 +207,7 @@ async def test_an_operator_ends_a_vm(tmp_path: Path) -> None:
     world = World(tmp_path)
     async with world.running() as service:
         job = world.forge.queue(seconds=30)
-        while job.runs == 0:
-            await asyncio.sleep(0.01)
+        await until(lambda: job.runs)
         (vm_id,) = world.host.machines
         await asyncio.sleep(0.05)
         await service.scheduler.kill(vm_id)
@@ -239,8 +237,7 @@ async def test_a_service_that_stops_leaves_its_vms_and_goes_on_without_a_gap_in_
     world = World(tmp_path)
     async with world.running():
         job = world.forge.queue(seconds=0.6, output=b"x" * 10_000)
-        while job.runs == 0:
-            await asyncio.sleep(0.01)
+        await until(lambda: job.runs)
         await asyncio.sleep(0.05)
     assert len(world.host.machines) == 1
     async with world.running() as service:

@@ -116,8 +116,7 @@ async def test_following_sees_everything_until_the_end(tmp_path: Path) -> None:
     seen: list[bytes] = []
 
     async def follow() -> None:
-        async for piece in logs.read("r", follow=True):
-            seen.append(piece)
+        seen.extend([piece async for piece in logs.read("r", follow=True)])
 
     task = asyncio.create_task(follow())
     for text in (b"two\n", b"three\n"):

@@ -11,7 +11,8 @@ import msgspec
 
 from runner_service.decide import Decider, Rules
 from runner_service.domain import Host, JobEvent, Runner, Scope, Template
-from runner_service.flow import Flow, Limits
+from runner_service.facts import Limits
+from runner_service.flow import Flow
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
 from runner_service.scheduler import Scheduler
@@ -112,10 +113,8 @@ class World:
         async with Store.open(sqlite_url(self.directory / "service.db")) as store:
             service = self.service = Service(self, store, self.gate(self.dead))
             try:
-                try:
+                with contextlib.suppress(Killed):
                     await service.start()
-                except Killed:
-                    pass
                 await self.flush()
                 yield service
             finally:
@@ -173,7 +172,7 @@ class Service:
             logs=self.logs,
             limits=limits,
             service="host-1",
-            observe=lambda event: self.scheduler.observe(event),
+            observe=self._observe,
         )
         rules = Rules(
             service="host-1",
@@ -204,6 +203,9 @@ class Service:
         self.inbox = StoreInbox(self.store, "github", self.scheduler.wake)
         self._task: asyncio.Task[None] | None = None
 
+    def _observe(self, event: JobEvent) -> None:
+        self.scheduler.observe(event)
+
     async def start(self) -> None:
         await self.scheduler.start()
         self._task = asyncio.create_task(self.scheduler.run())
@@ -224,13 +226,22 @@ class Service:
     async def story(self, job: str) -> Story:
         """The story of a job, as soon as it is known."""
         async with asyncio.timeout(5):
-            while (found := await self.store.read(lambda db: story(db, job))) is None:
+            while True:
+                found = await self.store.read(lambda db: story(db, job))
+                if found is not None:
+                    return found
                 await asyncio.sleep(0.01)
-        return found
 
     async def runners(self) -> list[Runner]:
         async with self.store.reading() as db:
             return await q.active_runners(db)
+
+
+async def until(holds: Callable[[], object], seconds: float = 5.0) -> None:
+    """Wait until something outside of any task's hands is true."""
+    async with asyncio.timeout(seconds):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 class Catalog:
