@@ -23,6 +23,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from runner_service import views
+from runner_service.domain import WRITES_LOG
 from runner_service.joblog import JobLogs
 from runner_service.store import queries as q
 from runner_service.store.store import Store
@@ -33,6 +34,7 @@ log = structlog.get_logger("api")
 WebRequest = Request[Any, Any, State]
 JobRunState = Literal["waiting", "queued", "in_progress", "completed"]
 _BEFORE_RUNNER = 5.0
+_BEFORE_ADOPTION = 1.0
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -168,9 +170,18 @@ class Api:
         while follow and not self._has_log(story) and story.job.state != "completed" and not self.logs.ending:
             await self.logs.opened(_BEFORE_RUNNER)
             story = await self._story(story.job.id)
-        if story.job.runner is not None:
-            async for piece in self.logs.read(story.job.runner, offset=offset, follow=follow):
+        runner = story.job.runner
+        while runner is not None:
+            async for piece in self.logs.read(runner, offset=offset, follow=follow):
+                offset += len(piece)
                 yield piece
+            if not follow or self.logs.ending:
+                return
+            story = await self._story(story.job.id)
+            if story.job.runner != runner or story.job.runner_state not in WRITES_LOG:
+                return
+            # The runner lives and its log is not open: this service was just started and will take it up.
+            await self.logs.opened(_BEFORE_ADOPTION)
 
     def _has_log(self, story: views.Story) -> bool:
         return story.job.runner is not None and self.logs.path(story.job.runner).exists()

@@ -11,6 +11,7 @@ import httpx
 import msgspec
 
 from runner_service import views
+from runner_service.domain import WRITES_LOG
 from runner_service.joblog import JobLogs
 from runner_service.settings import Settings, SettingsError
 
@@ -114,14 +115,21 @@ class _Api:
                     offset += len(piece)
                     cut_at = None
                     yield piece
+                # A service that stops ends the stream properly, though the runner goes on.
+                if not follow or not await self._goes_on(job):
+                    return
             except httpx.TransportError as error:
                 cut_at = cut_at or time.monotonic()
                 if not follow or time.monotonic() - cut_at > _RESTART_SECONDS:
                     raise NotThereError(f"the service at {self._http.base_url} went away: {error}") from error
-                await asyncio.sleep(0.5)
-                self._http.base_url = announced(self._data_dir) or self._http.base_url
-            else:
-                return
+            await asyncio.sleep(0.5)
+            self._http.base_url = announced(self._data_dir) or self._http.base_url
+
+    async def _goes_on(self, job: str) -> bool:
+        answer = await self._http.get(f"/jobs/{_quoted(job)}")
+        if answer.status_code != 200:
+            return False
+        return msgspec.json.decode(answer.content, type=views.Story).job.runner_state in WRITES_LOG
 
     async def _stream(self, job: str, offset: int, *, follow: bool) -> AsyncIterator[bytes]:
         params = {"follow": "true" if follow else "false", "offset": str(offset)}
@@ -131,6 +139,7 @@ class _Api:
             if answer.status_code != 200:
                 await answer.aread()
                 raise NotThereError(_detail(answer))
+            yield b""  # it answers: what is cut from now on is cut anew
             async for piece in answer.aiter_raw():
                 yield piece
 

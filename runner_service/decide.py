@@ -98,6 +98,9 @@ class Decider:
         events.extend(observed())
         known = await q.jobs_by_id(db, {event.job_id for event in events}) if events else {}
         books = Books(known, await q.active_runners(db))
+        missing = {event.runner_name for event in events if event.runner_name} - set(books.runners)
+        if missing:
+            books.past = await q.runners_by_id(db, missing)
         templates = self._templates()
         chosen = self._chooser(templates)
         for event in events:

@@ -13,6 +13,9 @@ JOB_RANK: dict[JobState, int] = {"waiting": 0, "queued": 1, "in_progress": 2, "c
 STARTING_OR_IDLE: frozenset[RunnerState] = frozenset({"wanted", "placed", "forking", "registering", "idle"})
 """Runners that may still take a queued job, unless a job was seen on them already."""
 
+WRITES_LOG: frozenset[RunnerState] = frozenset({"forking", "registering", "idle", "busy"})
+"""Runners whose log may still grow."""
+
 
 class Scope(msgspec.Struct, frozen=True):
     """Where a runner registers. ``path`` is ``owner/repo``, an organization or an enterprise."""

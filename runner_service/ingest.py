@@ -13,11 +13,12 @@ ScopeOf = Callable[[JobEvent], Scope | None]
 
 
 class Books:
-    """The rows one transaction works on, and what it changed in them."""
+    """The rows one transaction works on, and what it changed in them. ``past`` are runners that are gone."""
 
     def __init__(self, jobs: dict[str, Job], runners: Iterable[Runner]) -> None:
         self.jobs = jobs
         self.runners = {runner.id: runner for runner in runners}
+        self.past: dict[str, Runner] = {}
         self.changed_jobs: set[str] = set()
         self.facts: dict[str, dict[str, Any]] = {}
         self.lines: list[TimelineRow] = []
@@ -146,15 +147,24 @@ def _seen(job: Job, event: JobEvent) -> str:
 def _picked_up(books: Books, job: Job, event: JobEvent) -> None:
     runner = books.runners.get(event.runner_name or "")
     if runner is None:
-        books.say(
-            job, event.seen_at, "in progress", f"on runner {event.runner_name}, which is none of ours here"
-        )
+        _elsewhere(books, job, event, "in progress", "")
         return
     books.put_job(msgspec.structs.replace(job, runner_id=runner.id))
     books.say(job, event.seen_at, "in progress", f"on runner {runner.id}")
     books.tell(runner.id, serving_job_id=job.id)
     if runner.job_id != job.id:
         _swap(books, job, runner, event.seen_at)
+
+
+def _elsewhere(books: Books, job: Job, event: JobEvent, step: str, what: str) -> None:
+    """The runner is gone already (events are late), or was never ours."""
+    if event.runner_name in books.past:
+        books.put_job(msgspec.structs.replace(job, runner_id=event.runner_name))
+        books.say(job, event.seen_at, step, f"{what}on runner {event.runner_name}, which is gone by now")
+    elif event.runner_name:
+        books.say(job, event.seen_at, step, f"{what}on runner {event.runner_name}, which is none of ours")
+    else:
+        books.say(job, event.seen_at, step, what.strip())
 
 
 def _swap(books: Books, job: Job, thief: Runner, at: float) -> None:
@@ -175,10 +185,11 @@ def _swap(books: Books, job: Job, thief: Runner, at: float) -> None:
 
 def _completed(books: Books, job: Job, event: JobEvent) -> None:
     runner = books.runners.get(event.runner_name or job.runner_id or "")
-    where = f" on runner {runner.id}" if runner is not None else ""
-    books.say(job, event.seen_at, "completed", f"{event.conclusion or 'no conclusion'}{where}")
+    conclusion = event.conclusion or "no conclusion"
     if runner is None:
+        _elsewhere(books, job, event, "completed", f"{conclusion} ")
         return
+    books.say(job, event.seen_at, "completed", f"{conclusion} on runner {runner.id}")
     if job.runner_id != runner.id:
         books.put_job(msgspec.structs.replace(job, runner_id=runner.id))
     books.tell(runner.id, serving_job_id=job.id, job_done_at=event.seen_at)

@@ -102,6 +102,8 @@ def job_view(job: Job, runner: Runner | None) -> JobView:
     waits_for = job.waits_for
     if job.state == "queued" and waits_for is None and runner is not None:
         waits_for = runner.waits_for or f"its runner ({runner.state})"
+    elif job.state == "queued" and waits_for is None:
+        waits_for = "its turn: runners for older jobs like it come first"
     return JobView(
         id=job.id,
         name=job.name,

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 # A terminal obeys more than colours; the log comes from a guest, so only colours pass.
-_ESCAPES = re.compile(rb"\x1b\[[0-9;]*m|(\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\)|[^\[])|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f])", re.S)  # fmt: skip  # noqa: E501
+_ESCAPES = re.compile(rb"\x1b\[[0-9;]*m|(\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\)|[^\[])|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\xc2[\x80-\x9f])", re.S)  # fmt: skip  # noqa: E501
 
 
 def console() -> Console:

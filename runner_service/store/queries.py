@@ -174,6 +174,15 @@ async def runner(db: AsyncConnection, runner_id: str) -> Runner | None:
     return None if row is None else _as(row, Runner)
 
 
+async def runners_by_id(db: AsyncConnection, ids: Collection[str]) -> dict[str, Runner]:
+    """These runners, in whatever state."""
+    found: dict[str, Runner] = {}
+    for chunk in _chunks(list(ids)):
+        for row in await db.execute(sa.select(*_RUNNER).where(runners.c.id.in_(chunk))):
+            found[row.id] = _as(row, Runner)
+    return found
+
+
 async def runners_of_job(db: AsyncConnection, job_id: str) -> list[Runner]:
     """The runners made for a job or serving it, newest first."""
     query = (
