@@ -127,6 +127,8 @@ class Decoder:
 QUEUE = 64 << 10  # bytes waiting for the port before streams stop adding to them
 QUEUE_HARD = 1 << 20  # … before requests are not read any more
 ZYGOTE_USER = "runner"
+UMASK = 0o022
+AGENT_NICE = -15
 MAX_EXECS = 128
 MAX_ENDED = 64  # ended commands kept, oldest forgotten first
 LINGER = 2.0  # seconds a left-over background process may still add to a command's output
@@ -545,6 +547,30 @@ def make_parents(path: str, owner: Owner) -> None:
 
 
 def write_file(path: str, data: bytes, owner: Owner, mode: int) -> None:
+    """A file for the command about to start: nobody reads it yet, so a new one is written in place.
+
+    That is half the work of a file that takes its name when complete, and this is on the way of every job.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, mode & 0o7777) if path.startswith("/") else -1
+    except (OSError, ValueError):
+        fd = -1
+    if fd < 0:  # it exists, or its directory does not, or it is no path: the thorough way knows what to say
+        replace_file(path, data, owner, mode)
+        return
+    try:
+        os.fchown(fd, owner.uid, owner.gid)
+        if mode & UMASK:
+            os.fchmod(fd, mode & 0o7777)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: str, data: bytes, owner: Owner, mode: int) -> None:
     upload = Upload(path, owner, mode)
     try:
         upload.write(0, data)
@@ -723,7 +749,8 @@ def become(owner: Owner, stdio: tuple[int, int, int], tell: int, command: Callab
             os.dup2(fd, wanted)
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        os.umask(0o022)
+        os.umask(UMASK)
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
         try:
             overwrite("/proc/self/oom_score_adj", b"0")
         except OSError:
@@ -1020,9 +1047,13 @@ class Agent:
             return False
         except OSError:
             data = b""
-        if not data:  # no host; the next event tells when there is one
+        if not data:
+            # A virtio port reads as ended while the driver has not yet heard that a host is there, which after a
+            # restore can be later than the host's first frame: what was answered to that frame must stay queued.
+            # A host that is really gone is forgotten when the next one says hello.
             self.port_readable = False
-            self.drop_port()
+            if self.listener is not None:
+                self.drop_port()
             return False
         for kind, stream, payload in self.decoder.feed(data):
             self.on_frame(kind, stream, payload)
@@ -1407,6 +1438,8 @@ def set_up_machine(system: System) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # init is not ended by a signal
         signal.signal(number, signal.SIG_IGN)
     system.prepare()
+    # The host's word comes first, also while a job keeps every processor busy.
+    os.setpriority(os.PRIO_PROCESS, 0, AGENT_NICE)
     set_up_network()
 
 
@@ -1460,6 +1493,7 @@ def open_port(path: str) -> int:
 
 
 def main(argv: Iterable[str], system: System | None = None) -> None:
+    os.umask(UMASK)
     options = list(argv)
     while os.open("/dev/null" if os.path.exists("/dev/null") else "/", os.O_RDONLY) <= 2:
         pass  # 0, 1 and 2 must not become pipes of ours

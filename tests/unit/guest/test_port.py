@@ -4,7 +4,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -116,3 +116,40 @@ async def test_a_channel_connects_to_a_long_path_that_appears_late(tmp_path: Pat
     os.close(descriptor)
     with pytest.raises(GuestTimeout, match=r"nowhere\.sock"):
         await Channel.connect(tmp_path / "nowhere.sock", timeout=0.05)
+
+
+async def test_a_port_that_reads_as_ended_still_carries_the_answer(tmp_path: Path) -> None:
+    """After a restore the driver may hear of the host later than of the host's first frame: until then a read
+    finds that frame and then an end, and the answer has to stay queued. (Dropped, the fork hung for ever.)"""
+    import json
+    import sys
+
+    from vmm_core.guest import agent
+
+    from .conftest import HERE
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        record = tmp_path / "g"
+        record.mkdir()
+        ours.sendall(agent.encode(agent.REQUEST, 1, json.dumps({"op": "hello", "token": "t"}).encode()))
+        ours.shutdown(socket.SHUT_WR)
+        theirs.setblocking(False)
+        with suppress(BlockingIOError):  # no room to write until the host is heard of
+            while True:
+                theirs.send(agent.END * 4096)
+        theirs.setblocking(True)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", str(HERE / "agent_under_test.py"), agent.__file__, str(record),
+            "--port", f"/dev/fd/{theirs.fileno()}", "--as-is", pass_fds=[theirs.fileno()],
+        )  # fmt: skip
+        try:
+            await asyncio.sleep(1.0)  # both reads have happened, nothing could be written
+            ours.settimeout(10)
+            decoder, frames = agent.Decoder(), []
+            while not frames:
+                frames += decoder.feed(await asyncio.to_thread(ours.recv, 1 << 20))
+            assert [(kind, stream) for kind, stream, _ in frames] == [(agent.REPLY, 1)]
+        finally:
+            process.kill()
+            await process.wait()
