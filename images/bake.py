@@ -66,13 +66,11 @@ async def root_disk(engine: Engine, recipe: Recipe, *, progress: Callable[[BakeE
     return await _Bake(engine, recipe, progress).root_disk()
 
 
-@contextlib.asynccontextmanager
-async def warm_machine(
-    engine: Engine, recipe: Recipe, *, progress: Callable[[BakeEvent], None]
-) -> AsyncGenerator[RunningVm]:
-    """A machine as a bake has it before its snapshot: booted cold, warm steps done. Errors as ``bake``."""
-    async with _Bake(engine, recipe, progress).warm_machine() as vm:
-        yield vm
+async def bake_machine(recipe: Recipe) -> MachineSpec:
+    """The recipe's machine as its bake has it: open to what the warm steps may reach."""
+    step = Step("egress", lambda _event: None)
+    warm_rules, _ = await open_rules(recipe, step)
+    return _opened(recipe.machine, warm_rules)
 
 
 class _Bake:
@@ -134,8 +132,12 @@ class _Bake:
         return self._engine.driver.snapshot_fits(manifest.machine, manifest.accel, saved) is None
 
     async def _make(self, plan: Plan) -> Snapshot:
-        job_rules, _ = await self._rules()
-        async with self._warmed(plan) as vm:
+        image = await self._image(plan)
+        with self._named("egress") as step:
+            warm_rules, job_rules = await open_rules(self._recipe, step)
+        async with self._booted(image, _opened(self._recipe.machine, warm_rules), plan.inputs) as vm:
+            for warm in self._recipe.warm:
+                await self._warm(vm, warm)
             version = await self._runner(vm) if self._recipe.runner is not None else None
             await self._settle(vm)
             with self._named("snapshot") as step:
@@ -152,21 +154,10 @@ class _Bake:
     async def root_disk(self) -> BootImage:
         return await self._image(await self._plan())
 
-    @contextlib.asynccontextmanager
-    async def warm_machine(self) -> AsyncGenerator[RunningVm]:
-        async with self._warmed(await self._plan()) as vm:
-            yield vm
-
     async def _plan(self) -> Plan:
         with self._named("check") as step:
             await self._sweep()
             return await make_plan(self._engine, self._cache, self._recipe, step)
-
-    async def _rules(self) -> tuple[tuple[EgressRule, ...], tuple[EgressRule, ...]]:
-        """What jobs may reach, and what the warm steps may."""
-        with self._named("egress") as step:
-            warm_rules, job_rules = await open_rules(self._recipe, step)
-        return job_rules, warm_rules
 
     async def _image(self, plan: Plan) -> BootImage:
         with self._named("packages") as step:
@@ -174,16 +165,6 @@ class _Bake:
         with self._named("rootfs") as step:
             disk = await rootfs.get_disk(self._cache, tree, plan.kernel, plan.contents, step)
         return BootImage(kernel=plan.kernel.vmlinux, initrd=plan.kernel.initrd, disk=disk)
-
-    @contextlib.asynccontextmanager
-    async def _warmed(self, plan: Plan) -> AsyncGenerator[RunningVm]:
-        """A machine booted from the root disk on which the warm steps have run."""
-        image = await self._image(plan)
-        _, warm_rules = await self._rules()
-        async with self._booted(image, _opened(self._recipe.machine, warm_rules), plan.inputs) as vm:
-            for warm in self._recipe.warm:
-                await self._warm(vm, warm)
-            yield vm
 
     def _digest(self, inputs: str) -> str:
         """The inputs' own digest; another where that is taken (a forced bake): digests are immutable."""

@@ -41,7 +41,7 @@ jobs:
     runs-on: microvm
     steps:
       - uses: actions/checkout@v4
-      - run: python --version && pip list --format=freeze | wc -l
+      - run: python --version
       - run: pytest -q
 """
 TRIVIAL = """\
@@ -67,6 +67,7 @@ FILES: Mapping[str, str] = {
     ".github/workflows/trivial.yml": TRIVIAL,
     ".github/workflows/waiting.yml": WAITING,
     "README.md": "A small repository with tests.\n",
+    "requirements.txt": "pytest\npyyaml\n",
     "hello.py": textwrap.dedent(
         """\
         import yaml
