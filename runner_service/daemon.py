@@ -31,7 +31,7 @@ from images.catalog import templates as baked_templates
 from runner_service import github_forge, telemetry, views
 from runner_service.api import Api, Check, Readiness
 from runner_service.decide import Decider, Rules
-from runner_service.domain import Host, Ignored, JobEvent, Runner, Template
+from runner_service.domain import Host, Ignored, Job, JobEvent, Runner, Template
 from runner_service.facts import Limits
 from runner_service.flow import Flow
 from runner_service.inbox import StoreInbox
@@ -112,6 +112,7 @@ class Service:
             logs=self._logs,
             limits=limits,
             service=settings.service.name,
+            job=self._job,
             observe=self._observe,
             allow=_egress(settings),
         )
@@ -131,6 +132,7 @@ class Service:
             flow=flow,
             decider=decider,
             hypervisor=engine,
+            forges=self._forges,
             host=Host(settings.service.name, runners.max_vms, memory),
             limits=limits,
             metrics=self._metrics,
@@ -212,6 +214,9 @@ class Service:
             with contextlib.suppress(httpx.HTTPError):
                 await self._http.get(f"{api_base_url(self._settings.github.base_url)}/", timeout=5.0)
 
+    async def _job(self, job_id: str) -> Job | None:
+        return (await self._store.read(lambda db: q.jobs_by_id(db, [job_id]))).get(job_id)
+
     def _observe(self, event: JobEvent) -> None:
         self.scheduler.observe(event)
 
@@ -260,7 +265,7 @@ class EngineCatalog:
         names = self._store.names()
         if names != self._names:
             self._templates = tuple(
-                Template(t.name, t.digest, t.labels, t.machine.memory_mib, t.runner_dir)
+                Template(t.name, t.digest, t.labels, t.machine.memory_mib, t.runner_dir, t.runner_files)
                 for t in baked_templates(self._store)
             )
             self._names = names

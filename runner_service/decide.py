@@ -54,7 +54,6 @@ class Decision(msgspec.Struct):
     outcomes: dict[str, int] = {}
     entered: dict[str, int] = {}
     reasons: list[str] = []
-    repositories: dict[str, str] = {}
     processed: int = 0
     more: bool = False
 
@@ -115,9 +114,7 @@ class Decider:
         await q.close_deliveries(db, outcomes, now)
         books.changed_jobs.clear()
         hosts = await q.live_hosts(db, now - self._rules.host_seen_s)
-        new = await self._balance(
-            db, books, decision, templates=templates, brakes=brakes, hosts=hosts, now=now
-        )
+        new = await self._balance(db, books, templates=templates, brakes=brakes, hosts=hosts, now=now)
         self._place(books, decision, new, hosts, now)
         await self._save(db, books, decision, new)
         decision.processed = len(deliveries)
@@ -157,7 +154,6 @@ class Decider:
         self,
         db: AsyncConnection,
         books: Books,
-        decision: Decision,
         *,
         templates: Sequence[Template],
         brakes: Mapping[str, demand.Brake],
@@ -190,11 +186,7 @@ class Decider:
                 waiting += len(made)
             else:
                 self._hold_back(books, jobs, f"capacity: all {places} places are in use or promised", now)
-        for runner in new:
-            books.runners[runner.id] = runner
-            job = books.jobs.get(runner.job_id or "")
-            if job is not None:
-                decision.repositories[runner.id] = f"{job.owner}/{job.repo}"
+        books.runners.update((runner.id, runner) for runner in new)
         return new
 
     def _wanted(self, job: Job, template: Template, group: str, now: float) -> Runner:

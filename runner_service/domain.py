@@ -182,6 +182,7 @@ class Template(msgspec.Struct, frozen=True):
     labels: tuple[str, ...]
     need_mib: int
     runner_dir: str | None
+    runner_files: str | None = None
 
 
 class Host(msgspec.Struct, frozen=True):

@@ -32,6 +32,7 @@ from runner_service.domain import (
     Answer,
     Done,
     Goto,
+    Job,
     JobEvent,
     Registration,
     Runner,
@@ -55,7 +56,7 @@ _RETRY_EVERY = 5.0
 
 
 class Flow:
-    """The handlers, and what they need. ``observe`` is told what the forge says about jobs."""
+    """The handlers, and what they need. ``job`` looks one up; ``observe`` is told what the forge says about jobs."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Flow:
         logs: JobLogs,
         limits: Limits,
         service: str,
+        job: Callable[[str], Awaitable[Job | None]],
         observe: Callable[[JobEvent], None],
         allow: tuple[EgressRule, ...] | None = None,
         clock: Callable[[], float] = time.time,
@@ -76,6 +78,7 @@ class Flow:
         self._logs = logs
         self._limits = limits
         self._service = service
+        self._job = job
         self._observe = observe
         self._allow = allow
         self.clock = clock
@@ -280,6 +283,9 @@ class Flow:
                 live.changes |= {"cancelled_at": None}
                 await self._refresh_job(runner, live)
                 return Goto("busy", "the forge says that a job runs on it")
+            if runner.code == "late_idle" and answer != "failed":
+                # Nobody wanted it: perhaps its job was over long ago and no event told us.
+                await self._refresh_job(runner, live)
             if answer == "failed":
                 return Wait(min(now + _RETRY_EVERY, runner.deadline), "the forge to deregister it")
         await self._destroy(runner, live)
@@ -346,15 +352,14 @@ class Flow:
     async def _refresh_job(self, runner: Runner, live: Live) -> JobEvent | None:
         """Ask the forge about the job this runner serves or was made for, as if an event had come."""
         job_id = runner.serving_job_id or runner.job_id
-        if job_id is None or runner.job_done_at is not None:
+        job = await self._job(job_id) if job_id is not None and runner.job_done_at is None else None
+        if job is None:
             return None
-        owner, _, repo = live.repository.partition("/")
         event = await self._ask(
-            runner, live,
-            lambda: self._forge(runner).job(
-                runner.scope, job_id.removeprefix(f"{runner.forge}-"), owner=owner, repo=repo
-            ),
-        )  # fmt: skip
+            runner,
+            live,
+            lambda: self._forge(runner).job(job.scope, job.forge_job_id, owner=job.owner, repo=job.repo),
+        )
         if event is not None:
             self._observe(event)
         return event

@@ -25,9 +25,8 @@ _REST_SECONDS = 2.0
 class Live:
     """The in-memory side of a runner. Nothing here is needed after a crash: the row and the VM tell it again."""
 
-    def __init__(self, runner_id: str, repository: str = "") -> None:
+    def __init__(self, runner_id: str) -> None:
         self.runner_id = runner_id
-        self.repository = repository
         self.vm: RunnerVm | None = None
         self.process: GuestProcess | None = None
         self.exit: ExecResult | None = None

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -24,10 +24,11 @@ from runner_service.domain import Answer, Done, Goto, Host, JobEvent, Runner, Wa
 from runner_service.facts import BENIGN, Limits
 from runner_service.flow import Flow
 from runner_service.live import Live
-from runner_service.ports import Hypervisor, RunnerVm
+from runner_service.ports import Forge, Hypervisor, RunnerVm
 from runner_service.reaper import Reaper
 from runner_service.store import queries as q
 from runner_service.store.store import Store
+from runner_service.stranded import Stranded
 from runner_service.telemetry import Metrics
 from vmm_core.errors import VmmError
 
@@ -52,6 +53,7 @@ class Scheduler:
         flow: Flow,
         decider: Decider,
         hypervisor: Hypervisor,
+        forges: Mapping[str, Forge],
         host: Host,
         limits: Limits,
         metrics: Metrics,
@@ -77,6 +79,8 @@ class Scheduler:
         self._lives: dict[str, Live] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._reaper = Reaper(hypervisor, service=host.name)
+        self._stranded = Stranded(store, forges, self.observe)
+        self._asking: asyncio.Task[None] | None = None
         self._orphans: set[str] = set()
         self._looked_again = 0.0
         self._forgot = 0.0
@@ -116,12 +120,9 @@ class Scheduler:
     async def start(self) -> None:
         """Say that this host is here, adopt what runs, and go on with every runner of ours."""
         mine = await self._renew()
-        job_ids = {runner.serving_job_id or runner.job_id or "" for runner in mine}
-        jobs = await self._store.read(lambda db: q.jobs_by_id(db, job_ids))
         adopted = {vm.record.metadata.get("runner_id", vm.id): vm for vm in await self._hypervisor.adopt()}
         for runner in mine:
-            job = jobs.get(runner.serving_job_id or runner.job_id or "")
-            live = self._lives[runner.id] = Live(runner.id, f"{job.owner}/{job.repo}" if job else "")
+            live = self._lives[runner.id] = Live(runner.id)
             await self._take_up(runner, live, adopted.get(runner.id))
         self._orphans = {vm.id for vm in adopted.values()} - {
             live.vm.id for live in self._lives.values() if live.vm is not None
@@ -167,6 +168,8 @@ class Scheduler:
     async def stop(self) -> None:
         """End all tasks; VMs and registrations stay as they are, the rows tell how to go on."""
         tasks, lives = list(self._tasks.values()), list(self._lives.values())
+        if self._asking is not None:
+            tasks.append(self._asking)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -205,7 +208,7 @@ class Scheduler:
             self._looked_again = self._clock()
         for runner in decision.started:
             if runner.host == self._host.name:
-                self._lives[runner.id] = Live(runner.id, decision.repositories.get(runner.id, ""))
+                self._lives[runner.id] = Live(runner.id)
                 self._drive_soon(runner)
         for runner_id in decision.touched:
             if runner_id in self._lives:
@@ -246,6 +249,10 @@ class Scheduler:
         self._orphans |= {vm.id for vm in await self._hypervisor.adopt()}
         await self._reaper.sweep({runner.id for runner in mine} | set(self._lives), self._orphans, now)
         self._metrics.rss.set(resident_bytes())
+        # Beside the passes: a slow forge must not hold up the next decision.
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._stranded.ask(now), name="stranded")
+            self._asking.add_done_callback(_tell_failure)
 
     async def _renew(self) -> list[Runner]:
         """Say that this host lives, and keep or take the leases of its runners."""
@@ -394,6 +401,11 @@ class Scheduler:
             else:
                 mine = found is not None and found.lease_owner == self._host.name and found.state != "gone"
                 return found if mine else None
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("stranded_failed", error=str(task.exception()))
 
 
 def resident_bytes() -> int:

@@ -154,10 +154,16 @@ async def unserved_jobs(db: AsyncConnection, limit: int) -> list[Job]:
     return [_as(row, Job) for row in await db.execute(query)]
 
 
-async def set_jobs_waiting(db: AsyncConnection, ids: Sequence[str], waits_for: str | None) -> None:
-    """Say what these jobs wait for."""
-    for chunk in _chunks(ids):
-        await db.execute(sa.update(jobs).where(jobs.c.id.in_(chunk)).values(waits_for=waits_for))
+async def stranded_jobs(db: AsyncConnection, limit: int) -> list[Job]:
+    """Jobs in progress whose runner is gone: we should have heard of their end."""
+    query = (
+        sa.select(*_JOB)
+        .join(runners, runners.c.id == jobs.c.runner_id)
+        .where(jobs.c.state == "in_progress", runners.c.state == "gone")
+        .order_by(jobs.c.updated_at)
+        .limit(limit)
+    )
+    return [_as(row, Job) for row in await db.execute(query)]
 
 
 # ── runners ──────────────────────────────────────────────────────────────────────────────────────

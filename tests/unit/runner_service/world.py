@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from runner_service.decide import Decider, Rules
-from runner_service.domain import Host, JobEvent, Runner, Scope, Template
+from runner_service.domain import Host, Job, JobEvent, Runner, Scope, Template
 from runner_service.facts import Limits
 from runner_service.flow import Flow
 from runner_service.inbox import StoreInbox
@@ -165,13 +165,15 @@ class Service:
         self.metrics = Metrics()
         limits = Limits.of(world.runners)
         catalog = Catalog(world.host)
+        forges = {"github": world.forge.client(gate)}
         flow = Flow(
             hypervisor=self.engine,
-            forges={"github": world.forge.client(gate)},
+            forges=forges,
             catalog=catalog,
             logs=self.logs,
             limits=limits,
             service="host-1",
+            job=self._job,
             observe=self._observe,
         )
         rules = Rules(
@@ -193,6 +195,7 @@ class Service:
             flow=flow,
             decider=decider,
             hypervisor=self.engine,
+            forges=forges,
             host=Host("host-1", world.runners.max_vms, 16384),
             limits=limits,
             metrics=self.metrics,
@@ -202,6 +205,9 @@ class Service:
         )
         self.inbox = StoreInbox(self.store, "github", self.scheduler.wake)
         self._task: asyncio.Task[None] | None = None
+
+    async def _job(self, job_id: str) -> Job | None:
+        return (await self.store.read(lambda db: q.jobs_by_id(db, [job_id]))).get(job_id)
 
     def _observe(self, event: JobEvent) -> None:
         self.scheduler.observe(event)
