@@ -37,6 +37,15 @@ _TAIL_LINES = 20
 # Metadata key of a machine that is being baked; its value is the digest of the inputs.
 _BAKE = "bake"
 _PAGE_CACHE_PERCENT = 40
+# Where the files of a just-in-time configuration really are: in memory, where writing them is quick (it is on
+# the way of every job) and where no disk ever holds them.
+RUNNER_FILES = "/run/runner"
+_LINK_FILES = f"""
+install -d -o runner -g runner -m 700 {RUNNER_FILES}
+for file in .runner .credentials .credentials_rsaparams; do
+    ln -sfn {RUNNER_FILES}/$file {rootfs.RUNNER_DIR}/$file
+done
+"""
 _LISTENER = f"{rootfs.RUNNER_DIR}/bin/Runner.Listener"
 _RUNNER_TIMEOUT_S = 600.0
 
@@ -184,7 +193,7 @@ class _Bake:
             "kernel": plan.kernel.version,
         }
         if version is not None:
-            labels |= {"runner.dir": rootfs.RUNNER_DIR, "runner.version": version}
+            labels |= {"runner.dir": rootfs.RUNNER_DIR, "runner.files": RUNNER_FILES, "runner.version": version}
         return labels
 
     @contextlib.asynccontextmanager
@@ -245,6 +254,16 @@ class _Bake:
                     output=tail,
                 )
             version = tail[-1].strip()[:40]
+            argv = ["/bin/sh", "-eu", "-c", _LINK_FILES]
+            result, tail = await self._run(vm, step, argv, user="root", timeout=_RUNNER_TIMEOUT_S)
+            if result.code != 0:
+                raise BakeFailed(
+                    "runner",
+                    "its configuration could not be linked into memory",
+                    advice="Is there room on the disk of the recipe's machine?",
+                    status=result.code,
+                    output=tail,
+                )
             step(f"warming up runner {version}")
             argv = [_LISTENER, "warmup"]
             result, _ = await self._run(vm, step, argv, cwd=rootfs.RUNNER_DIR, timeout=_RUNNER_TIMEOUT_S)

@@ -9,8 +9,8 @@ from vmm_core.snapshot import SnapshotStore
 
 class Template(msgspec.Struct, frozen=True):
     """A name and what it means now. ``labels`` are the GitHub labels it serves; ``runner`` the version of the
-    actions/runner inside and ``runner_dir`` its directory in the guest, None without one. ``created_at`` in
-    Unix seconds; ``size_bytes`` is what its files would take unshared and without holes left out."""
+    actions/runner inside, ``runner_dir`` its directory in the guest and ``runner_files`` where the files of its
+    configuration are to be written; None without one. ``created_at`` in Unix seconds; ``size_bytes`` is what its files would take unshared and without holes left out."""
 
     name: str
     digest: str
@@ -19,6 +19,7 @@ class Template(msgspec.Struct, frozen=True):
     labels: tuple[str, ...]
     runner: str | None
     runner_dir: str | None
+    runner_files: str | None
     description: str
     size_bytes: int
 
@@ -44,6 +45,7 @@ def _template(name: str, snapshot: Snapshot) -> Template:
         labels=tuple(label for label in labels.get("labels", "").split(",") if label),
         runner=labels.get("runner.version"),
         runner_dir=labels.get("runner.dir"),
+        runner_files=labels.get("runner.files"),
         description=labels.get("description", ""),
         size_bytes=sum(snapshot.manifest.files.values()),
     )
