@@ -8,9 +8,13 @@ from vmm_core.snapshot import SnapshotStore
 
 
 class Template(msgspec.Struct, frozen=True):
-    """A name and what it means now. ``labels`` are the GitHub labels it serves; ``runner`` the version of the
-    actions/runner inside, ``runner_dir`` its directory in the guest and ``runner_files`` where the files of its
-    configuration are to be written; None without one. ``created_at`` in Unix seconds; ``size_bytes`` is what its files would take unshared and without holes left out."""
+    """A name and what it means now.
+
+    ``labels`` are the GitHub labels it serves; ``runner`` the version of the actions/runner inside, ``runner_dir``
+    its directory in the guest and ``runner_files`` where the files of its configuration are to be written, all
+    three None without one. ``created_at`` in Unix seconds; ``size_bytes`` is what its files would take unshared,
+    holes left out.
+    """
 
     name: str
     digest: str

@@ -174,7 +174,8 @@ class Template(msgspec.Struct, frozen=True):
     """A machine a runner can be forked from. ``labels`` are further labels it serves (sizes, tools).
 
     ``need_mib`` is what one fork is expected to take of the host's memory; ``runner_dir`` is where the
-    forge's runner lives in the guest, or None when the template has no runner.
+    forge's runner lives in the guest, or None when the template has no runner; ``runner_files`` is where the
+    files of its configuration are written, when that is elsewhere.
     """
 
     name: str

@@ -37,6 +37,7 @@ from runner_service.domain import (
     Registration,
     Runner,
     RunnerState,
+    Template,
     Wait,
 )
 from runner_service.facts import EXIT_MEANING, FORCED, Limits, facts, late
@@ -111,8 +112,7 @@ class Flow:
     async def _forking(self, runner: Runner, live: Live) -> Answer:
         """Fork and register at once, then start the runner. After a crash the VM may be there already."""
         template = next((t for t in self._catalog.templates() if t.digest == runner.digest), None)
-        directory = template.runner_dir if template is not None else None
-        if directory is None:
+        if template is None or template.runner_dir is None:
             return Goto(
                 "retiring", f"the template '{runner.template}' is gone or holds no runner", "no_template"
             )
@@ -120,7 +120,7 @@ class Flow:
             return Goto("registering", "the runner process was started before the restart")
         try:
             vm, registration = await self._both(self._fork(runner, live), self._register(runner, live))
-            await self._start(runner, live, vm, registration, directory)
+            await self._start(runner, live, vm, registration, template)
         except ForgeError as error:
             live.retry_at = error.retry_at if isinstance(error, RateLimited) else None
             return Goto("retiring", f"cannot register with the forge: {error}", error.code)
@@ -185,14 +185,16 @@ class Flow:
         raise AssertionError("the last try raises or returns")
 
     async def _start(
-        self, runner: Runner, live: Live, vm: RunnerVm, registration: Registration, directory: str
+        self, runner: Runner, live: Live, vm: RunnerVm, registration: Registration, template: Template
     ) -> None:
+        directory = template.runner_dir or "/"
+        files = template.runner_files or directory
         process = await vm.start(
             [f"{directory}/bin/Runner.Listener", "run"],
             exec_id=EXEC_ID,
             cwd=directory,
             env={"ACTIONS_RUNNER_PRINT_LOG_TO_STDOUT": "1"},
-            files=[GuestFile(f"{directory}/{name}", data) for name, data in registration.files.items()],
+            files=[GuestFile(f"{files}/{name}", data) for name, data in registration.files.items()],
         )
         live.note(runner, self.clock(), "started", "the runner process runs in the guest")
         live.follow(process, self._logs.open(runner.id))
