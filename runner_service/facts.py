@@ -7,6 +7,7 @@ import msgspec
 from runner_service.domain import Goto, Runner, RunnerState
 from runner_service.live import Live
 from runner_service.settings import Runners
+from vmm_core.console import last_words
 
 # Exit codes of Runner.Listener; 0 does not say that the job passed.
 EXIT_MEANING = {0: "ended", 1: "was terminated", 2: "asks to be retried", 3: "is updating", 4: "is updating",
@@ -56,8 +57,9 @@ def facts(runner: Runner, live: Live, now: float) -> Goto | None:
         if live.exit is not None:
             # The process exited and then the VM ended: the exit is the better story, the handler tells it.
             return None
-        tail = f"; console: …{live.ended.console_tail[-300:]}" if live.ended.console_tail else ""
-        return Goto("retiring", f"the VM ended: {live.ended.reason or live.ended.kind}{tail}", "vm_died")
+        tail = f"; console: {last_words(live.ended.console_tail, 300)}" if live.ended.console_tail else ""
+        how = (live.ended.reason or live.ended.kind).rstrip(".")
+        return Goto("retiring", f"the VM ended: {how}{tail}", "vm_died")
     if live.lost is not None:
         return Goto("retiring", live.lost, live.lost_code)
     if runner.cancelled_at is not None and runner.serving_job_id is None and runner.state != "busy":

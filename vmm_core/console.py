@@ -13,6 +13,8 @@ BYTES_PER_SECOND = 256 << 10
 _CHUNK = 16 << 10
 TAIL_BYTES = 4096
 LOG, OLD_LOG = "console.log", "console.log.1"
+# After this line come registers and a stack, which push it out of any short tail.
+_PANIC = "Kernel panic - "
 
 
 class Console:
@@ -55,3 +57,9 @@ def tail(directory: Path) -> str:
             break
     text = data[-TAIL_BYTES:].decode(errors="replace")
     return "".join(char for char in text if char.isprintable() or char == "\n")
+
+
+def last_words(text: str, limit: int) -> str:
+    """What of a console's tail tells most in ``limit`` characters: from a kernel's panic on, else the end of it."""
+    at = text.rfind(_PANIC)
+    return f"{text[at : at + limit]}…" if at >= 0 else f"…{text[-limit:]}"

@@ -175,7 +175,7 @@ class RunningVm:
             return closed
         return VmDied(
             f"VM {self.id} ended: {ended.reason}"
-            + (f"\nconsole: …{ended.console_tail[-500:]}" if ended.console_tail else "")
+            + (f"\nconsole: {console.last_words(ended.console_tail, 500)}" if ended.console_tail else "")
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from vmm_core.console import last_words
 from vmm_core.engine import Engine
 from vmm_core.errors import ChannelClosed
 from vmm_core.guest.channel import Process
@@ -126,7 +127,7 @@ async def _reason(vm: RunningVm, closed: ChannelClosed) -> Exception:
             ended = await vm.wait()
     except TimeoutError:
         return closed
-    tail = f"; console: …{ended.console_tail[-500:]}" if ended.console_tail else ""
+    tail = f"; console: {last_words(ended.console_tail, 500)}" if ended.console_tail else ""
     return ChannelClosed(f"the VM ended: {ended.reason}{tail}")
 
 

@@ -65,7 +65,7 @@ async def nothing_left(engine: Engine, stage: Stage) -> AsyncIterator[None]:
 
     # Others on this host may come and go; what this test left stays.
     with contextlib.suppress(TimeoutError):
-        await eventually(clean, "nothing left", timeout=30.0)
+        await eventually(clean, "nothing left")
     assert not left
 
 

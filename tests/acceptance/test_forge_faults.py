@@ -47,7 +47,7 @@ async def ended(stage: Stage, engine: Engine) -> Ended:
         stage.forge.fault(f"POST *repos/octo-org/{name}/actions/runners/generate-jitconfig", **fault)
         jobs[name] = await queue(stage, "hello", name)
     stories = dict(zip(jobs, await asyncio.gather(*(all_gone(stage, job) for job in jobs.values())), strict=True))
-    await eventually(lambda: not Leftovers.look(engine).since(before), "nothing left", timeout=30)
+    await eventually(lambda: not Leftovers.look(engine).since(before), "nothing left")
     return {name: (jobs[name], stories[name]) for name in FAULTS}
 
 
