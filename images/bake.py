@@ -193,7 +193,11 @@ class _Bake:
             "kernel": plan.kernel.version,
         }
         if version is not None:
-            labels |= {"runner.dir": rootfs.RUNNER_DIR, "runner.files": RUNNER_FILES, "runner.version": version}
+            labels |= {
+                "runner.dir": rootfs.RUNNER_DIR,
+                "runner.files": RUNNER_FILES,
+                "runner.version": version,
+            }
         return labels
 
     @contextlib.asynccontextmanager
