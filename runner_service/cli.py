@@ -190,6 +190,10 @@ def run(
         if not equals or not name:
             raise click.BadParameter(f"'{pair}' is not NAME=VALUE", param_hint="--env")
         env[name] = value
+    if command[0].startswith("-") and command[0] != "--":
+        raise click.UsageError(
+            f"'{command[0]}' stands after the template: options go before it, a command of that name after --"
+        )
     argv = command[1:] if command[0] == "--" else command
     if not argv:
         raise click.UsageError("a command is missing: microvm run TEMPLATE -- COMMAND")

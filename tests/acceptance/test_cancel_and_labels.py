@@ -71,7 +71,9 @@ async def test_a_job_that_is_not_ours_is_ignored(stage: Stage, engine: Engine) -
     ("name", "reason"),
     [("nosuch", "no template for label 'microvm-nosuch'"), ("unknown", "the label 'gpu' beside 'microvm'")],
 )
-async def test_labels_nothing_serves_get_a_reason(stage: Stage, engine: Engine, name: str, reason: str) -> None:
+async def test_labels_nothing_serves_get_a_reason(
+    stage: Stage, engine: Engine, name: str, reason: str
+) -> None:
     job = await queue(stage, name)
     story = await stage.until(job, lambda story: story["job"]["waits_for"], "a reason")
     assert reason in story["job"]["waits_for"]

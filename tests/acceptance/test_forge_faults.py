@@ -46,7 +46,9 @@ async def ended(stage: Stage, engine: Engine) -> Ended:
         await stage.forge.add_repository(repository, name=name)
         stage.forge.fault(f"POST *repos/octo-org/{name}/actions/runners/generate-jitconfig", **fault)
         jobs[name] = await queue(stage, "hello", name)
-    stories = dict(zip(jobs, await asyncio.gather(*(all_gone(stage, job) for job in jobs.values())), strict=True))
+    stories = dict(
+        zip(jobs, await asyncio.gather(*(all_gone(stage, job) for job in jobs.values())), strict=True)
+    )
     await eventually(lambda: not Leftovers.look(engine).since(before), "nothing left")
     return {name: (jobs[name], stories[name]) for name in FAULTS}
 
@@ -62,8 +64,10 @@ async def all_gone(stage: Stage, job: Job) -> dict[str, Any]:
     await stage.forge.wait_for(job, "completed", 170)
     return await stage.until(
         job,
-        lambda story: story["job"]["state"] == "completed"
-        and all(runner["state"] == "gone" for runner in story["runners"]),
+        lambda story: (
+            story["job"]["state"] == "completed"
+            and all(runner["state"] == "gone" for runner in story["runners"])
+        ),
         "all runners gone",
     )
 

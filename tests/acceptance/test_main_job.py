@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("nothing_left")]
 ORDER = ["queued", "wanted", "placed", "forking", "registering", "idle", "busy", "retiring", "gone"]
 
 
-async def test_a_signed_event_becomes_a_finished_job_and_nothing_remains(stage: Stage, engine: Engine) -> None:
+async def test_a_signed_event_becomes_a_finished_job_and_nothing_remains(
+    stage: Stage, engine: Engine
+) -> None:
     job = await stage.queue()
     story = await gone(stage, job)
     log = (await stage.http.get(f"/jobs/{job.id}/log")).text
@@ -70,14 +72,18 @@ async def test_the_log_streams_while_the_job_runs_and_is_complete_at_the_end(sta
 
 
 def _numbers(log: str) -> list[int]:
-    return [int(line.split("line ")[1]) for line in log.splitlines() if line.partition("line ")[2].isdecimal()]
+    return [
+        int(line.split("line ")[1]) for line in log.splitlines() if line.partition("line ")[2].isdecimal()
+    ]
 
 
 async def test_four_jobs_at_once_run_in_four_machines(stage: Stage) -> None:
     jobs = [await queue(stage, "identity") for _ in range(4)]
     stories = [await gone(stage, job) for job in jobs]
     assert [job.conclusion for job in jobs] == ["success"] * 4
-    identities = {line for job in jobs for line in stage.forge.log(job.id).splitlines() if line.startswith("id=")}
+    identities = {
+        line for job in jobs for line in stage.forge.log(job.id).splitlines() if line.startswith("id=")
+    }
     assert len(identities) == 4
     assert len({story["job"]["runner"] for story in stories}) == 4
     forked = {told(story, "forked").split()[1] for story in stories}

@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("nothing_left")]
 
 
 def numbers(log: str) -> list[int]:
-    return [int(line.split("line ")[1]) for line in log.splitlines() if line.partition("line ")[2].isdecimal()]
+    return [
+        int(line.split("line ")[1]) for line in log.splitlines() if line.partition("line ")[2].isdecimal()
+    ]
 
 
 @asynccontextmanager
@@ -93,7 +95,9 @@ async def test_killed_while_the_runner_starts_the_job_still_runs_once(
     assert not vms(engine)
 
 
-async def test_a_job_that_ends_while_the_service_is_down_is_told_afterwards(stage: Stage, engine: Engine) -> None:
+async def test_a_job_that_ends_while_the_service_is_down_is_told_afterwards(
+    stage: Stage, engine: Engine
+) -> None:
     job = await queue(stage, "hello")
     await stage.until(job, lambda story: "started" in steps(story), "started")
     await stage.kill()

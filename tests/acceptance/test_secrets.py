@@ -106,9 +106,19 @@ async def places(stage: Stage, engine: Engine, job: int) -> dict[str, Iterable[b
     files += [path for path in engine.data_dir.glob("*.json")]
     for vm in vms(engine):
         # The VM's own disk is the guest's: the runner's files stand there, and go with it.
-        files += [path for path in (engine.pool.vms / vm).iterdir() if path.is_file() and path.name != "disk.img"]
+        files += [
+            path for path in (engine.pool.vms / vm).iterdir() if path.is_file() and path.name != "disk.img"
+        ]
     found |= {str(path): contents(path) for path in files}
-    for path in ("/metrics", "/jobs", f"/jobs/{job}", f"/jobs/{job}/log", "/vms", "/readyz", "/schema/openapi.json"):
+    for path in (
+        "/metrics",
+        "/jobs",
+        f"/jobs/{job}",
+        f"/jobs/{job}/log",
+        "/vms",
+        "/readyz",
+        "/schema/openapi.json",
+    ):
         answer = await stage.http.get(path)
         found[f"GET {path}"] = [answer.content, repr(answer.headers).encode()]
     return found
@@ -137,11 +147,21 @@ async def test_the_configuration_and_the_secrets_are_nowhere_outside_the_guest(
 
     # And every place was really searched: the runner's name is in all that speak of it …
     named = search(await places(stage, engine, job.id), [runner.name.encode()])
-    for place in (str(stage.log), "service.db", "vm.json", "/vms:", f"GET /jobs/{job.id}:", f"/jobs/{job.id}/log", "/jobs:"):
+    for place in (
+        str(stage.log),
+        "service.db",
+        "vm.json",
+        "/vms:",
+        f"GET /jobs/{job.id}:",
+        f"/jobs/{job.id}/log",
+        "/jobs:",
+    ):
         assert any(place in line for line in named), f"{place} was not searched: {named}"
     assert any("cmdline of " in line for line in search(processes(), [str(stage.config).encode()]))
     # … and what was baked is in the snapshot.
-    baked = search({path.name: contents(path) for path in template.path.iterdir()}, [b"The stand-in runner is warm."])
+    baked = search(
+        {path.name: contents(path) for path in template.path.iterdir()}, [b"The stand-in runner is warm."]
+    )
     assert {line.partition(":")[0] for line in baked} >= {"disk.img", "memory.img"}
 
     stage.forge.actions.cancel(job.run)

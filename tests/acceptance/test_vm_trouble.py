@@ -20,7 +20,9 @@ def limits() -> Mapping[str, float]:
     return {"online_limit_s": 4.0, "retire_limit_s": 60.0, "log_limit_mib": 1}
 
 
-async def test_a_vmm_killed_in_the_middle_is_told_and_everything_is_given_back(stage: Stage, engine: Engine) -> None:
+async def test_a_vmm_killed_in_the_middle_is_told_and_everything_is_given_back(
+    stage: Stage, engine: Engine
+) -> None:
     job = await queue(stage, "hold")
     story = await running(stage, job)
     os.kill(vms(engine)[story["job"]["vm"]].pid, signal.SIGKILL)

@@ -15,7 +15,9 @@ from tests.acceptance.conftest import gone, queue
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("nothing_left")]
 
-GOOD = json.dumps({"zen": "Keep it logically awesome.", "hook_id": 1, "hook": {"type": "Repository"}}).encode()
+GOOD = json.dumps(
+    {"zen": "Keep it logically awesome.", "hook_id": 1, "hook": {"type": "Repository"}}
+).encode()
 
 
 def delivery(stage: Stage, body: bytes = GOOD, event: str = "ping", **headers: str | None) -> dict[str, Any]:
@@ -56,10 +58,20 @@ async def counted(stage: Stage, code: str) -> float:
         (400, "payload_not_json", GOOD[:-1], {}),
         (400, "payload_not_json", b"\x00\xff not JSON", {}),
         (400, "payload_not_json", b"", {}),
-        (422, "payload_invalid", b'{"action": "queued", "workflow_job": 7}', {"x_github_event": "workflow_job"}),
+        (
+            422,
+            "payload_invalid",
+            b'{"action": "queued", "workflow_job": 7}',
+            {"x_github_event": "workflow_job"},
+        ),
         (422, "payload_invalid", b"[" * 100_000, {"x_github_event": "workflow_job"}),
         (422, "unknown_event", b"{}", {"x_github_event": "no_such_event"}),
-        (415, "media_type_unsupported", b"payload=%7B%7D", {"content_type": "application/x-www-form-urlencoded"}),
+        (
+            415,
+            "media_type_unsupported",
+            b"payload=%7B%7D",
+            {"content_type": "application/x-www-form-urlencoded"},
+        ),
         (400, "header_missing", GOOD, {"x_github_event": None}),
         (400, "header_missing", GOOD, {"x_github_delivery": "../../etc"}),
     ],
@@ -108,7 +120,7 @@ async def test_thirty_megabytes_are_refused_before_they_are_held(stage: Stage, a
 
 
 def _rss(stage: Stage) -> int:
-    with open(f"/proc/{stage.service.pid}/statm") as file:  # noqa: PTH123 - one number
+    with open(f"/proc/{stage.service.pid}/statm") as file:
         return int(file.read().split()[1]) * 4096
 
 
@@ -117,7 +129,9 @@ async def test_a_sender_that_goes_away_in_the_middle_leaves_nothing(stage: Stage
     port = int(stage.url.rpartition(":")[2])
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     headers = "".join(f"{name}: {value}\r\n" for name, value in delivery(stage)["headers"].items())
-    writer.write(f"POST /webhooks/github HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: 1000\r\n\r\n".encode() + GOOD)
+    writer.write(
+        f"POST /webhooks/github HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: 1000\r\n\r\n".encode() + GOOD
+    )
     await writer.drain()
     writer.close()
     await writer.wait_closed()
@@ -126,7 +140,11 @@ async def test_a_sender_that_goes_away_in_the_middle_leaves_nothing(stage: Stage
 
 
 async def test_other_methods_and_paths_get_problem_documents_too(stage: Stage) -> None:
-    for method, path, status in (("GET", "/webhooks/github", 405), ("POST", "/jobs", 405), ("GET", "/nosuch", 404)):
+    for method, path, status in (
+        ("GET", "/webhooks/github", 405),
+        ("POST", "/jobs", 405),
+        ("GET", "/nosuch", 404),
+    ):
         answer = await stage.http.request(method, path)
         assert answer.status_code == status
         assert answer.headers["content-type"] == "application/problem+json"
