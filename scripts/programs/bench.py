@@ -20,11 +20,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from images.bake import bake, root_disk
+from images.bake import root_disk
 from images.events import BakeEvent
-from images.recipe import load_recipe
 from scripts.programs.floor import Floor
-from scripts.programs.stage import Stage
+from scripts.programs.stage import Stage, runner_recipe
 from vmm_core.engine import Engine
 from vmm_core.machine import Snapshot, VmUsage
 
@@ -121,7 +120,7 @@ async def measure_forks_at_once(
 
 
 async def measure_boots(engine: Engine, plan: Plan, tick: Callable[[str], None]) -> dict[str, float]:
-    recipe = load_recipe("minimal")
+    recipe = runner_recipe(engine.data_dir)
     image = await root_disk(engine, recipe, progress=lambda _event: None)
     times: list[float] = []
     for _ in range(plan.boots):
@@ -159,8 +158,7 @@ async def run(data_dir: Path, plan: Plan, console: Console) -> dict[str, float]:
             def show(event: BakeEvent) -> None:
                 progress.update(baking, description=f"{event.step}: {event.message}"[:70])
 
-            parent = (await bake(engine, load_recipe("minimal"), progress=show)).snapshot
-            await Stage.prepare(engine, progress=show)
+            parent = (await Stage.prepare(engine, progress=show)).snapshot
             progress.remove_task(baking)
             total = plan.forks + 2 + plan.at_once + plan.boots + plan.events + 3
             task = progress.add_task("measuring", total=total)

@@ -117,8 +117,15 @@ class Floor:
             *("-device", "virtio-blk-device,drive=root", "-device", "virtio-serial-device"),
             *("-chardev", "socket,id=agent,path=agent.sock,server=on,wait=off"),
             *("-device", "virtserialport,chardev=agent,name=agent", "-device", "virtio-rng-device"),
+            *self._network(),
             *("-incoming", "defer"),
         ]
+
+    def _network(self) -> list[str]:
+        """A closed network, where the parent has a card: its device state is part of the saved state."""
+        if self.snapshot.manifest.machine.network.mode == "none":
+            return []
+        return ["-netdev", "user,id=net,restrict=on,ipv6=off", "-device", "virtio-net-device,netdev=net"]
 
     def _load(self, place: Path, state: int) -> None:
         with _connect(place / "qmp.sock") as sock, sock.makefile("rwb") as monitor:
