@@ -40,9 +40,10 @@ _PAGE_CACHE_PERCENT = 40
 # Where the files of a just-in-time configuration really are: in memory, where writing them is quick (it is on
 # the way of every job) and where no disk ever holds them.
 RUNNER_FILES = "/run/runner"
+_RUNNER_FILE_NAMES = (".runner", ".credentials", ".credentials_rsaparams")
 _LINK_FILES = f"""
 install -d -o runner -g runner -m 700 {RUNNER_FILES}
-for file in .runner .credentials .credentials_rsaparams; do
+for file in {" ".join(_RUNNER_FILE_NAMES)}; do
     ln -sfn {RUNNER_FILES}/$file {rootfs.RUNNER_DIR}/$file
 done
 """
@@ -158,6 +159,9 @@ class _Bake:
                     name=self._recipe.name,
                     # Forks are open to what jobs may reach, not to what the warm steps needed.
                     allow=job_rules,
+                    blanks=[]
+                    if version is None
+                    else [f"{RUNNER_FILES}/{name}" for name in _RUNNER_FILE_NAMES],
                 )
 
     async def root_disk(self) -> BootImage:

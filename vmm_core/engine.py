@@ -233,15 +233,17 @@ class Engine:
         labels: Mapping[str, str],
         name: str | None = None,
         allow: Sequence[EgressRule] | None = None,
+        blanks: Sequence[str] = (),
     ) -> Snapshot:
         """Quiesce a booted VM, publish it as the snapshot ``digest`` and, with ``name``, let that name mean it.
 
-        Forks are open to ``allow``, or, when left out, to what the VM was.
+        Forks are open to ``allow``, or, when left out, to what the VM was. ``blanks`` are files on a tmpfs of the
+        guest that the first command of a fork will be started with (see ``Channel.quiesce``).
         The VM is gone afterwards, also on failure. Raises PoolFull when there is no room for its memory and disk.
         """
         try:
             self.pool.require_room(vm.record.machine.memory_mib << 20)
-            await vm.channel.quiesce()
+            await vm.channel.quiesce(blanks=blanks)
             await vm.channel.close()
             with self.snapshots.draft() as draft:
                 try:

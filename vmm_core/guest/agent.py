@@ -169,8 +169,8 @@ class Resident:
 
     SIZE = 16 << 10
 
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def __init__(self, path: str, mode: int = 0o644) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         os.ftruncate(self.fd, self.SIZE)
         self.map = mmap.mmap(self.fd, self.SIZE)
 
@@ -549,7 +549,7 @@ def make_parents(path: str, owner: Owner) -> None:
 def write_file(path: str, data: bytes, owner: Owner, mode: int) -> None:
     """A file for the command about to start: nobody reads it yet, so a new one is written in place.
 
-    That is half the work of a file that takes its name when complete, and this is on the way of every job.
+    That is half the work of a file that takes its name when complete.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -850,6 +850,7 @@ class Agent:
         self.known = False  # this connection has shown that token
         self.execs: dict[str, Exec] = {}
         self.zygote: Zygote | None = None
+        self.blanks: dict[str, Resident] = {}  # files of ZYGOTE_USER, mode 600, waiting for their content
         self.uploads: dict[int, Upload] = {}
         self.downloads: dict[int, Download] = {}
         self.feeds: dict[int, Feed] = {}
@@ -1176,7 +1177,7 @@ class Agent:
         self.known = True
         return {"clock_step_ns": step, "boot_id": boot_id}
 
-    def on_quiesce(self, _: int, __: Message) -> Message:
+    def on_quiesce(self, _: int, message: Message) -> Message:
         """Make the machine fit to be forked: nothing of this connection's work is left in memory."""
         running = [command.id for command in self.execs.values() if command.running]
         if running:
@@ -1193,7 +1194,17 @@ class Agent:
         gc.freeze()
         self.system.trim_heap()
         self.make_zygote()
+        self.make_blanks(message["blanks"])
         return {}
+
+    def make_blanks(self, paths: list[str]) -> None:
+        """Files on tmpfs that the first command of every fork gets its content in: made and mapped beforehand."""
+        for path in paths:
+            owner = Owner(ZYGOTE_USER)
+            blank = Resident(path, 0o600)
+            os.fchown(blank.fd, owner.uid, owner.gid)
+            blank.write(b"")
+            self.blanks[path] = blank
 
     def make_zygote(self) -> None:
         """The first command of every fork shall find its process made."""
@@ -1222,7 +1233,14 @@ class Agent:
         ready = self.zygote
         owner = ready.owner if ready is not None and ready.owner.name == user else Owner(user)
         for file in message["files"]:
-            write_file(file["path"], binascii.a2b_base64(file["data"]), owner, file["mode"])
+            blank = (
+                self.blanks.pop(file["path"], None) if user == ZYGOTE_USER and file["mode"] == 0o600 else None
+            )
+            data = binascii.a2b_base64(file["data"])
+            if blank is not None and len(data) <= Resident.SIZE:
+                blank.write(data)
+            else:
+                write_file(file["path"], data, owner, file["mode"])
         env = {
             "PATH": PATH,
             "HOME": owner.home,

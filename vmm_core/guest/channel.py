@@ -95,9 +95,13 @@ class Channel:
         )
         return await self._link.ask(request, wire.Revived, timeout)
 
-    async def quiesce(self, *, timeout: float = 30.0) -> None:
-        """Before a snapshot: sync, forget commands and token. Raises GuestRefused while a command runs."""
-        await self._link.ask(wire.QuiesceRequest(), wire.Done, timeout)
+    async def quiesce(self, *, blanks: Sequence[str] = (), timeout: float = 30.0) -> None:
+        """Before a snapshot: sync, forget commands and token. Raises GuestRefused while a command runs.
+
+        ``blanks`` are paths on a tmpfs of the guest: files of mode 600 that are made now, for the user ``runner``,
+        so that giving them their content at the start of the first command costs next to nothing.
+        """
+        await self._link.ask(wire.QuiesceRequest(blanks=tuple(blanks)), wire.Done, timeout)
 
     async def poweroff(self, *, timeout: float = 5.0) -> None:
         """Ask for a clean end. The answer comes first, then the machine goes."""

@@ -89,7 +89,7 @@ class ReviveRequest(Message, frozen=True, tag="revive"):
 
 
 class QuiesceRequest(Message, frozen=True, tag="quiesce"):
-    pass
+    blanks: tuple[str, ...] = ()
 
 
 class PoweroffRequest(Message, frozen=True, tag="poweroff"):

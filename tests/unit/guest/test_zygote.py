@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmm_core.errors import GuestRefused
+from vmm_core.machine import GuestFile
 
 from .conftest import REVIVE, Agent, run_agent, until
 
@@ -103,3 +104,29 @@ async def test_a_second_quiesce_replaces_it_and_the_end_of_the_agent_ends_it(pre
     prepared.process.kill()
     await prepared.process.wait()
     await until(lambda: not Path(f"/proc/{next_one}").exists())
+
+
+async def test_a_blank_made_before_the_snapshot_takes_its_content_in_place(tmp_path: Path) -> None:
+    blank, other = (Path("/dev/shm") / f"{name}-{os.getpid()}" for name in ("blank", "other"))
+    secret, later = b"s" * 3000, b"other"
+    try:
+        async with run_agent(tmp_path / "g", env={"ZYGOTE_USER": "nobody"}) as agent:
+            async with agent.channel() as channel:
+                await channel.quiesce(blanks=[str(blank)])
+            inode = blank.stat().st_ino
+            assert (blank.stat().st_size, blank.stat().st_mode & 0o777) == (0, 0o600)
+            async with agent.channel() as channel:
+                files = [GuestFile(str(blank), secret), GuestFile(str(other), later)]
+                argv = ["/bin/sh", "-c", f"stat -c '%U %a %s %i' {blank}; cat {blank} {other} | wc -c"]
+                process = await channel.start("a", argv, user="nobody", cwd="/", files=files)
+                words = (await process.collect()).stdout.split()
+                assert words == [b"nobody", b"600", b"3000", str(inode).encode(), b"3005"]
+                # A second command finds it used up: the file is replaced as any other.
+                argv = ["/bin/sh", "-c", f"cat {blank}"]
+                process = await channel.start(
+                    "b", argv, user="nobody", cwd="/", files=[GuestFile(str(blank), later)]
+                )
+                assert (await process.collect()).stdout == later
+    finally:
+        blank.unlink(missing_ok=True)
+        other.unlink(missing_ok=True)
