@@ -105,8 +105,9 @@ async def test_run_passes_input_output_and_status_through(data: tuple[str, str],
     assert echoed.out == blob
     apart = await microvm("run", *data, TEMPLATE, "--", "sh", "-c", "echo out; echo err >&2; exit 7")
     assert apart == (7, b"out\n", "err\n")
-    options = await microvm("run", *data, "--env", "A=b c", "--cwd", "/tmp", "--user", "root", TEMPLATE, "--", "sh", "-c", "echo $A; pwd; id -un")  # fmt: skip
-    assert options == (0, b"b c\n/tmp\nroot\n", "")
+    options = ("--env", "A=b c", "--cwd", "/tmp", "--user", "root")
+    dressed = await microvm("run", *data, *options, TEMPLATE, "--", "sh", "-c", "echo $A; pwd; id -un")
+    assert dressed == (0, b"b c\n/tmp\nroot\n", "")
 
 
 async def test_run_ends_a_command_that_takes_too_long(data: tuple[str, str], template: Snapshot) -> None:
@@ -200,7 +201,6 @@ async def test_looking_at_the_service_and_ordering_it(stage: Stage, engine: Engi
     assert [row["step"] for row in why["timeline"]][:2] == ["queued", "wanted"]
     assert "forked" in (await microvm("why", story["job"]["id"], *config)).out.decode()
     await stage.forge.wait_for_log(job, "holding\n", PATIENCE)
-    await eventually(lambda: stage.log_tail(), "a log")
     assert b"Running job: hold" in (await microvm("logs", str(job.id), *config)).out
 
     follower = await started("logs", "-f", str(job.id), *config)

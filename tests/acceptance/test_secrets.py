@@ -94,7 +94,7 @@ def jit_needles(encoded: str) -> set[bytes]:
     client = json.loads(base64.b64decode(outer[".credentials"]))["data"]["clientId"]
     found = windows(encoded.encode()) | forms(key["secret"].encode()) | forms(client.encode())
     for name in (".credentials", ".credentials_rsaparams"):
-        found |= {window for window in windows(outer[name].encode())}
+        found |= windows(outer[name].encode())
     return found
 
 
@@ -103,7 +103,7 @@ async def places(stage: Stage, engine: Engine, job: int) -> dict[str, Iterable[b
     found: dict[str, Iterable[bytes]] = {**processes()}
     work = stage.config.parent
     files = [stage.log, *work.glob("service.db*"), *(engine.data_dir / "logs").iterdir()]
-    files += [path for path in engine.data_dir.glob("*.json")]
+    files += list(engine.data_dir.glob("*.json"))
     for vm in vms(engine):
         # The VM's own disk is the guest's: the runner's files stand there, and go with it.
         files += [
@@ -137,13 +137,17 @@ async def test_the_configuration_and_the_secrets_are_nowhere_outside_the_guest(
     vm = vms(engine)[story["job"]["vm"]]
 
     snapshot = {path.name: contents(path) for path in template.path.iterdir()}
-    assert not search({**await places(stage, engine, job.id), **snapshot}, needles)
+    # Kept in a name: a failing assertion shows its parts, and those hold other people's environment.
+    leaks = search({**await places(stage, engine, job.id), **snapshot}, needles)
+    assert not leaks
 
     # The guest has them, or the job would not run: what is searched for is what was really used.
     fetched = {"the disk of the VM": contents(engine.pool.vms / vm.id / "disk.img")}
     memory = {"the memory of the service": _memory(stage.service.pid)}
-    assert search(fetched, needles) or search({"the memory of the VM": _memory(vm.pid)}, needles)
-    assert search(memory, forms(stage.forge.token.encode()))
+    used = search(fetched, needles) or search({"the memory of the VM": _memory(vm.pid)}, needles)
+    assert used
+    held = search(memory, forms(stage.forge.token.encode()))
+    assert held
 
     # And every place was really searched: the runner's name is in all that speak of it …
     named = search(await places(stage, engine, job.id), [runner.name.encode()])
@@ -157,7 +161,8 @@ async def test_the_configuration_and_the_secrets_are_nowhere_outside_the_guest(
         "/jobs:",
     ):
         assert any(place in line for line in named), f"{place} was not searched: {named}"
-    assert any("cmdline of " in line for line in search(processes(), [str(stage.config).encode()]))
+    argv = search(processes(), [str(stage.config).encode()])
+    assert any("cmdline of " in line for line in argv)
     # … and what was baked is in the snapshot.
     baked = search(
         {path.name: contents(path) for path in template.path.iterdir()}, [b"The stand-in runner is warm."]
@@ -166,7 +171,8 @@ async def test_the_configuration_and_the_secrets_are_nowhere_outside_the_guest(
 
     stage.forge.actions.cancel(job.run)
     await gone(stage, job)
-    assert not search(await places(stage, engine, job.id), needles)
+    leaks = search(await places(stage, engine, job.id), needles)
+    assert not leaks
 
 
 async def test_a_planted_secret_would_be_found(stage: Stage, tmp_path: Path) -> None:
