@@ -782,55 +782,81 @@ class Zygote:
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
-        self.out, out_child = os.pipe()
-        self.err, err_child = os.pipe()
+        out, out_child = os.pipe()
+        err, err_child = os.pipe()
         self._report, tell = os.pipe()
         orders, self._order = os.pipe()
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         children = (out_child, err_child, tell, orders, null)
         try:
-            self.pid = os.fork()
-            if self.pid == 0:
+            pid = os.fork()
+            if pid == 0:
                 os.close(self._order)  # or it would never see that nobody writes
                 become(owner, (null, out_child, err_child), tell, lambda: self._wait(orders, tell))
         finally:
             for fd in children:
                 os.close(fd)
+        self.command = Exec("", pid, out, err, None)
         if os.read(self._report, 1) != self.READY:
             self.discard()
             raise OSError(errno.ECHILD, "the prepared process did not come up")
 
     def _wait(self, orders: int, tell: int) -> Plan:
+        self._rehearse()
         os.write(tell, self.READY)
+        plan = self._read(orders)
+        if plan is None:
+            os._exit(0)  # never needed
+        return plan
+
+    def _rehearse(self) -> None:
+        """Go the way of an order once, up to a program that is not there. The memory this writes to is this process's
+        own afterwards; in a fork, where time counts, it would have to be copied first, page by page."""
+        for _ in range(2):
+            orders, order = os.pipe()
+            os.write(
+                order,
+                self._encode(Plan(["/nowhere/program"], dict.fromkeys("ABCDEF", "x" * 40), "/", self.owner)),
+            )
+            os.close(order)
+            plan = self._read(orders)
+            os.close(orders)
+            try:
+                if plan is not None:
+                    os.chdir(plan.cwd)
+                    os.execvpe(plan.argv[0], plan.argv, plan.env)  # noqa: S606
+            except OSError:
+                pass
+
+    def _encode(self, plan: Plan) -> bytes:
+        return json.dumps({"argv": plan.argv, "env": plan.env, "cwd": plan.cwd}).encode()
+
+    def _read(self, orders: int) -> Plan | None:
         pieces: list[bytes] = []
         while piece := os.read(orders, READ):
             pieces.append(piece)
         if not pieces:
-            os._exit(0)  # never needed
+            return None
         message: Message = json.loads(b"".join(pieces))
         return Plan(message["argv"], message["env"], message["cwd"], self.owner)
 
     def run(self, plan: Plan) -> None:
-        """Become ``plan``. Raises RefusedError as ``spawn``, OSError when the process is gone. Works once."""
-        order = json.dumps({"argv": plan.argv, "env": plan.env, "cwd": plan.cwd}).encode()
-        try:
-            sent = 0
-            while sent < len(order):
-                sent += os.write(self._order, order[sent:])
-        except OSError:
-            self.discard()
-            raise
+        """Become ``plan``; works once. Raises RefusedError as ``spawn``, OSError when the process is gone."""
+        order = self._encode(plan)
+        sent = 0
+        while sent < len(order):
+            sent += os.write(self._order, order[sent:])
         os.close(self._order)
-        try:
-            await_exec(self._report, self.pid, plan)
-        except RefusedError:
-            os.close(self.out)
-            os.close(self.err)
-            raise
+        self._order = -1
+        report, self._report = self._report, -1
+        await_exec(report, self.command.pid, plan)
 
     def discard(self) -> None:
-        for fd in (self._order, self._report, self.out, self.err):
-            os.close(fd)
+        """Close all that is open of it; an unused one ends by that."""
+        for fd in (self._order, self._report):
+            if fd >= 0:
+                os.close(fd)
+        self.command.close()
 
 
 # ---------------------------------------------------------------------------------------------- agent
@@ -1197,6 +1223,12 @@ class Agent:
         self.make_blanks(message["blanks"])
         return {}
 
+    def drop_zygote(self, zygote: Zygote) -> None:
+        self.zygote = None
+        for source in zygote.command.sources:
+            self.watched.pop(source.fd, None)
+        zygote.discard()
+
     def make_blanks(self, paths: list[str]) -> None:
         """Files on tmpfs that the first command of every fork gets its content in: made and mapped beforehand."""
         for path in paths:
@@ -1209,10 +1241,10 @@ class Agent:
     def make_zygote(self) -> None:
         """The first command of every fork shall find its process made."""
         if self.zygote is not None:
-            self.zygote.discard()
-            self.zygote = None
+            self.drop_zygote(self.zygote)
         try:
             self.zygote = Zygote(Owner(ZYGOTE_USER))
+            self.enroll(self.zygote.command)
         except (OSError, RefusedError) as error:
             log(f"no process is prepared for {ZYGOTE_USER}: {error}")
 
@@ -1263,9 +1295,15 @@ class Agent:
             self.zygote = None
             try:
                 ready.run(plan)
-                return self.enroll(Exec(ident, ready.pid, ready.out, ready.err, None))
             except OSError:
+                self.drop_zygote(ready)
                 log("the prepared process was gone")
+            except RefusedError:
+                self.drop_zygote(ready)
+                raise
+            else:
+                ready.command.id = ident
+                return ready.command
         return self.launch_anew(ident, plan, with_stdin)
 
     def launch_anew(self, ident: str, plan: Plan, with_stdin: bool) -> Exec:
