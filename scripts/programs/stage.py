@@ -33,17 +33,8 @@ FORGE_HOST = "forge.test"
 _START_SECONDS = 60.0
 _JOB_SECONDS = 180.0
 
-WORKFLOW = """\
-name: ci
-on: [push]
-jobs:
-  test:
-    runs-on: microvm
-    steps:
-      - uses: actions/checkout@v4
-      - run: python --version
-      - run: pytest -q
-"""
+# What users copy is what is played.
+WORKFLOW = (Path(__file__).parents[2] / "workflows" / "github-python.yml").read_text()
 TRIVIAL = """\
 name: trivial
 on: [push]
