@@ -107,6 +107,7 @@ labels: [self-made]
         "check",
         "packages",
         "rootfs",
+        "egress",
         "boot",
         "warm: as runner",
         "warm: as root",
