@@ -32,6 +32,7 @@ from runner_service import github_forge, telemetry, views
 from runner_service.api import Api, Check, Readiness
 from runner_service.decide import Decider, Rules
 from runner_service.domain import Host, Ignored, Job, JobEvent, Runner, Template
+from runner_service.egress import forge_rule
 from runner_service.facts import Limits
 from runner_service.flow import Flow
 from runner_service.inbox import StoreInbox
@@ -114,7 +115,8 @@ class Service:
             service=settings.service.name,
             job=self._job,
             observe=self._observe,
-            allow=_egress(settings),
+            egress=_egress(settings),
+            forge_rules=self._forge_rules(),
         )
         rules = Rules(
             service=settings.service.name,
@@ -214,6 +216,11 @@ class Service:
             with contextlib.suppress(httpx.HTTPError):
                 await self._http.get(f"{api_base_url(self._settings.github.base_url)}/", timeout=5.0)
 
+    def _forge_rules(self) -> dict[str, EgressRule]:
+        github = self._settings.github
+        rule = forge_rule(api_base_url(github.base_url)) if github is not None else None
+        return {github_forge.FORGE: rule} if rule is not None else {}
+
     async def _job(self, job_id: str) -> Job | None:
         return (await self._store.read(lambda db: q.jobs_by_id(db, [job_id]))).get(job_id)
 
@@ -265,7 +272,15 @@ class EngineCatalog:
         names = self._store.names()
         if names != self._names:
             self._templates = tuple(
-                Template(t.name, t.digest, t.labels, t.machine.memory_mib, t.runner_dir, t.runner_files)
+                Template(
+                    name=t.name,
+                    digest=t.digest,
+                    labels=t.labels,
+                    need_mib=t.machine.memory_mib,
+                    runner_dir=t.runner_dir,
+                    runner_files=t.runner_files,
+                    allow=None if t.machine.network.mode == "none" else t.machine.network.allow,
+                )
                 for t in baked_templates(self._store)
             )
             self._names = names
@@ -335,9 +350,7 @@ def _http() -> httpx.AsyncClient:
     return httpx.AsyncClient(limits=limits, timeout=10.0, headers={"user-agent": "microvm-runner"})
 
 
-def _egress(settings: Settings) -> tuple[EgressRule, ...] | None:
-    if settings.runners.egress is None:
-        return None
+def _egress(settings: Settings) -> tuple[EgressRule, ...]:
     return tuple(EgressRule(rule.host, rule.port, rule.via or None) for rule in settings.runners.egress)
 
 

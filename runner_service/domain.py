@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from vmm_core.machine import EgressRule
+
 JobState = Literal["waiting", "queued", "in_progress", "completed"]
 RunnerState = Literal["wanted", "placed", "forking", "registering", "idle", "busy", "retiring", "gone"]
 
@@ -175,7 +177,8 @@ class Template(msgspec.Struct, frozen=True):
 
     ``need_mib`` is what one fork is expected to take of the host's memory; ``runner_dir`` is where the
     forge's runner lives in the guest, or None when the template has no runner; ``runner_files`` is where the
-    files of its configuration are written, when that is elsewhere.
+    files of its configuration are written, when that is elsewhere. ``allow`` is what its forks may reach; None
+    when they have no network card.
     """
 
     name: str
@@ -184,6 +187,7 @@ class Template(msgspec.Struct, frozen=True):
     need_mib: int
     runner_dir: str | None
     runner_files: str | None = None
+    allow: tuple[EgressRule, ...] | None = ()
 
 
 class Host(msgspec.Struct, frozen=True):

@@ -40,6 +40,7 @@ from runner_service.domain import (
     Template,
     Wait,
 )
+from runner_service.egress import merged
 from runner_service.facts import EXIT_MEANING, FORCED, Limits, facts, late
 from runner_service.joblog import JobLogs
 from runner_service.live import EXEC_ID, Live
@@ -57,7 +58,10 @@ _RETRY_EVERY = 5.0
 
 
 class Flow:
-    """The handlers, and what they need. ``job`` looks one up; ``observe`` is told what the forge says about jobs."""
+    """The handlers, and what they need. ``job`` looks one up; ``observe`` is told what the forge says about jobs.
+
+    Every VM may reach what its template is open to, ``egress``, and the one of ``forge_rules`` for its forge.
+    """
 
     def __init__(
         self,
@@ -70,7 +74,8 @@ class Flow:
         service: str,
         job: Callable[[str], Awaitable[Job | None]],
         observe: Callable[[JobEvent], None],
-        allow: tuple[EgressRule, ...] | None = None,
+        egress: tuple[EgressRule, ...] = (),
+        forge_rules: Mapping[str, EgressRule] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._hypervisor = hypervisor
@@ -81,7 +86,8 @@ class Flow:
         self._service = service
         self._job = job
         self._observe = observe
-        self._allow = allow
+        self._egress = egress
+        self._forge_rules = forge_rules or {}
         self.clock = clock
         self._handlers: dict[RunnerState, Callable[[Runner, Live], Awaitable[Answer]]] = {
             "forking": self._forking,
@@ -119,7 +125,9 @@ class Flow:
         if live.vm is not None and await self._resumed(runner, live):
             return Goto("registering", "the runner process was started before the restart")
         try:
-            vm, registration = await self._both(self._fork(runner, live), self._register(runner, live))
+            vm, registration = await self._both(
+                self._fork(runner, live, template), self._register(runner, live)
+            )
             await self._start(runner, live, vm, registration, template)
         except ForgeError as error:
             live.retry_at = error.retry_at if isinstance(error, RateLimited) else None
@@ -141,24 +149,33 @@ class Flow:
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
-    async def _fork(self, runner: Runner, live: Live) -> RunnerVm:
+    async def _fork(self, runner: Runner, live: Live, template: Template) -> RunnerVm:
         if live.vm is not None:
             return live.vm
         vm = await self._hypervisor.launch(
             runner.digest or runner.template,
             ttl=self._limits.ttl,
             metadata={"runner_id": runner.id, "service": self._service, "scope": runner.scope_path},
-            allow=self._allow,
+            allow=self._allowed(runner, template),
             hostname=runner.id,
         )
         live.take_vm(vm)
         live.changes["vm_id"] = vm.id
         t = vm.timings
+        closed = template.allow is None and self._egress
         live.note(
             runner, self.clock(), "forked",
-            f"VM {vm.id} in {t.total_ms:.0f} ms (disk {t.disk_ms:.0f}, start {t.spawn_ms:.0f}, revive {t.revive_ms:.0f})",  # noqa: E501
+            f"VM {vm.id} in {t.total_ms:.0f} ms (disk {t.disk_ms:.0f}, start {t.spawn_ms:.0f}, revive {t.revive_ms:.0f})"  # noqa: E501
+            + ("; its template has no network card: [[runners.egress]] does not apply" if closed else ""),
         )  # fmt: skip
         return vm
+
+    def _allowed(self, runner: Runner, template: Template) -> tuple[EgressRule, ...] | None:
+        """Template, forge and settings together; without a network card there is nothing to allow."""
+        if template.allow is None:
+            return None
+        forge = self._forge_rules.get(runner.forge)
+        return merged([forge] if forge is not None else [], template.allow, self._egress)
 
     async def _register(self, runner: Runner, live: Live) -> Registration:
         """Ask for the registration; what is worth a retry is tried again a few times while the VM starts."""

@@ -65,7 +65,10 @@ class GitHubSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Egress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An endpoint every runner may open, instead of its template's list; ``via`` is where it really is."""
+    """An endpoint every runner may open besides its template's list and the forge's API.
+
+    ``via`` is where it really is, when that differs.
+    """
 
     host: str
     port: int
@@ -79,7 +82,7 @@ class Runners(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_vms: int = 8
     memory_mib: int = 0
     extra_labels: tuple[str, ...] = ()
-    egress: tuple[Egress, ...] | None = None
+    egress: tuple[Egress, ...] = ()
     name_prefix: str = "microvm"
     log_limit_mib: int = 64
     wanted_limit_s: float = 86400.0

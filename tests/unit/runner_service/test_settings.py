@@ -37,7 +37,7 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
     found = settings.load(path, env)
     assert found.listen == ("0.0.0.0", 9000) and found.data_dir == Path("/data")
     assert found.runners.max_vms == 6 and found.runners.extra_labels == ("a", "b")
-    assert found.runners.egress is not None and found.runners.egress[0].via == "127.0.0.1:1234"
+    assert found.runners.egress[0].via == "127.0.0.1:1234"
     assert found.github is not None and found.github.repositories == ("o/*", "p/q")
     assert found.service.name
 
