@@ -1,0 +1,1 @@
+"""The way in from GitHub and the way out to it. Knows no VM and no database."""

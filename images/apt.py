@@ -164,9 +164,10 @@ async def _targets() -> list[tuple[str, str, str]]:
         origin, uri, release, component = line.split("|")
         if origin != "Debian" or (uri, release, component) in found:
             continue
-        if urlsplit(uri).password:
+        parts = urlsplit(uri)
+        if parts.password is not None or parts.username is not None:
             raise BuildFailed(
-                f"the apt source for {release} has a password in its address, which would reach the image. "
+                f"the apt source for {release} has a password or token in its address, which would reach the image. "
                 "Move it to /etc/apt/auth.conf.d"
             )
         found.append((uri, release, component))

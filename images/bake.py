@@ -25,7 +25,6 @@ from images.events import BakeEvent, Step
 from images.plan import Plan, make_plan, open_rules, settle_program
 from images.recipe import Recipe
 from images.schema import WarmStep
-from vmm_core.drivers.base import Saved
 from vmm_core.engine import Engine
 from vmm_core.errors import GuestError, UnknownVm, VmFailed
 from vmm_core.machine import BootImage, EgressRule, ExecResult, MachineSpec, Network, Snapshot
@@ -130,16 +129,10 @@ class _Bake:
         usable = [
             snapshot
             for snapshot in self._engine.snapshots.list()
-            if snapshot.manifest.labels.get("inputs") == inputs and self._fits(snapshot)
+            if snapshot.manifest.labels.get("inputs") == inputs
+            and self._engine.misfit(snapshot.manifest) is None
         ]
         return max(usable, key=lambda snapshot: snapshot.manifest.created_at, default=None)
-
-    def _fits(self, snapshot: Snapshot) -> bool:
-        manifest = snapshot.manifest
-        saved = Saved(
-            argv_digest=manifest.argv_digest, cpu_model=manifest.cpu_model, vmm_version=manifest.vmm_version
-        )
-        return self._engine.driver.snapshot_fits(manifest.machine, manifest.accel, saved) is None
 
     async def _make(self, plan: Plan) -> Snapshot:
         image = await self._image(plan)

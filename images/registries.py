@@ -29,15 +29,15 @@ class PipIndex(msgspec.Struct, frozen=True):
 
 
 async def pip_index() -> PipIndex:
-    """The index this host's pip is configured for. Raises BuildFailed when its address holds a password."""
+    """The index this host's pip is configured for. Raises BuildFailed when its address holds credentials."""
     listed = await _pip("config", "list", doing="read pip's configuration")
     # Later lines win, as in pip: files first, then the environment.
     found = re.findall(r"^(?:global|install|download|:env:)\.index-url='([^']+)'", listed, re.MULTILINE)
     if found:
         url = found[-1]
-        if _password(url):
+        if has_credentials(url):
             raise BuildFailed(
-                "this host's pip index has a password in its address, which would reach the template. "
+                "this host's pip index has a password or token in its address, which would reach the template. "
                 "Give pip the password through ~/.netrc, or set PIP_INDEX_URL to an address without one"
             )
         return PipIndex(url=url, default=False)
@@ -94,8 +94,10 @@ def pip_conf(index: PipIndex | None, *, local_ca: bool) -> bytes:
     return "\n".join(lines).encode() + b"\n"
 
 
-def _password(url: str) -> str | None:
-    return urlsplit(url).password
+def has_credentials(url: str) -> bool:
+    """Whether the address carries a password, or a token where the user's name stands."""
+    parts = urlsplit(url)
+    return parts.password is not None or parts.username is not None
 
 
 class _Download(msgspec.Struct):

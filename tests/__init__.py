@@ -1,0 +1,1 @@
+"""Tests of everything; they mirror the packages."""

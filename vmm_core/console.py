@@ -5,7 +5,7 @@ import contextlib
 import socket
 from pathlib import Path
 
-from vmm_core.drivers.qemu import short_path
+from vmm_core.drivers.base import short_path
 
 CAP_BYTES = 256 << 10
 # A guest that floods its console is read this slowly, and its serial port waits.

@@ -27,13 +27,15 @@ from vmm_core import accel as acceleration
 from vmm_core import memory
 from vmm_core.console import Console
 from vmm_core.disk import Pool, clone_file, open_pool
-from vmm_core.drivers.base import Driver, Place, Saved, Vm
-from vmm_core.drivers.qemu import CONSOLE_SOCKET, DISK, MEMORY, STATE, QemuDriver
+from vmm_core.drivers.base import CONSOLE_SOCKET, DISK, MEMORY, STATE, Driver, Place, Saved, Vm
+from vmm_core.drivers.qemu import QemuDriver
 from vmm_core.errors import (
     BadRequest,
     BootFailed,
     GuestError,
+    GuestTimeout,
     HostOutOfMemory,
+    HostUnfit,
     PoolFull,
     SnapshotInvalid,
     UnknownVm,
@@ -279,22 +281,17 @@ class Engine:
         await self._resident_memory(snapshot)
 
     async def adopt(self) -> list[RunningVm]:
-        """Take over every VM whose process is gone. Expired, half-made and dead ones are removed instead."""
-        adopted: list[RunningVm] = []
+        """Take over every VM whose process is gone. Expired, half-made and dead ones are removed instead.
+
+        A guest that does not answer within half a minute is left as it is, for the next call and until its TTL.
+        """
+        claims: list[tuple[Path, int]] = []
         for directory in sorted(self.pool.vms.iterdir()):
-            if directory.name in self._vms:
-                continue
-            lock = _try_lock(directory)
-            if lock is None:
-                continue
-            vm = await self._adopt(directory, lock)
-            if vm is None:
-                _end_processes_in(directory)
-                remove_tree(directory)
-                os.close(lock)
-            else:
-                adopted.append(vm)
-        return adopted
+            lock = _try_lock(directory) if directory.name not in self._vms else None
+            if lock is not None:
+                claims.append((directory, lock))
+        adopted = await asyncio.gather(*(self._adopt_or_clear(directory, lock) for directory, lock in claims))
+        return [vm for vm in adopted if vm is not None]
 
     def records(self) -> list[VmRecord]:
         """Every VM of the data directory, whoever owns it, oldest first."""
@@ -389,11 +386,15 @@ class Engine:
                 f"{memory_mib + _MEMORY_RESERVE_MIB} MiB: end VMs (microvm kill) or lower [runners] max_vms"
             )
 
-    def _require_fit(self, manifest: Manifest) -> None:
+    def misfit(self, manifest: Manifest) -> str | None:
+        """Why this host cannot fork a snapshot with this manifest, in one sentence; None when it can."""
         saved = Saved(
             argv_digest=manifest.argv_digest, cpu_model=manifest.cpu_model, vmm_version=manifest.vmm_version
         )
-        problem = self.driver.snapshot_fits(manifest.machine, manifest.accel, saved)
+        return self.driver.snapshot_fits(manifest.machine, manifest.accel, saved)
+
+    def _require_fit(self, manifest: Manifest) -> None:
+        problem = self.misfit(manifest)
         if problem is not None:
             name = manifest.labels.get("template", manifest.digest[:12])
             raise SnapshotInvalid(
@@ -404,19 +405,23 @@ class Engine:
         vm_id = f"vm-{uuid.uuid4().hex[:12]}"
         directory = self.pool.vms / vm_id
         self._on_step("place")
+        draft = self.pool.staging / vm_id
         try:
-            directory.mkdir(mode=0o700)
+            draft.mkdir(mode=0o700)
+            undo.callback(remove_tree, draft)
+            lock = _try_lock(draft)
+            if lock is None:
+                raise HostUnfit(f"{draft} was taken by another process as it was made")
+            undo.callback(os.close, lock)
             undo.callback(remove_tree, directory)
-            lock = _try_lock(directory)
+            # Locked before it can be seen: another process that adopts must not take it for an orphan.
+            draft.rename(directory)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise PoolFull(
                     f"the disk pool {self.pool.root} is full: remove templates or end VMs"
                 ) from error
             raise
-        if lock is None:
-            raise BadRequest(f"{directory} was taken by another process as it was made")
-        undo.callback(os.close, lock)
         return Place(id=vm_id, directory=directory, allow=tuple(rules)), lock
 
     async def _clone_disk(self, source: Path, target: Path) -> None:
@@ -503,6 +508,18 @@ class Engine:
         if timer is not None:
             timer.cancel()
 
+    async def _adopt_or_clear(self, directory: Path, lock: int) -> RunningVm | None:
+        try:
+            vm = await self._adopt(directory, lock)
+        except GuestTimeout:
+            os.close(lock)
+            return None
+        if vm is None:
+            _end_processes_in(directory)
+            remove_tree(directory)
+            os.close(lock)
+        return vm
+
     async def _adopt(self, directory: Path, lock: int) -> RunningVm | None:
         """The VM in ``directory``, or None when it is dead, expired or was never finished."""
         try:
@@ -523,6 +540,9 @@ class Engine:
             except BaseException:
                 await channel.close()
                 raise
+        except GuestTimeout:
+            await driver_vm.detach()  # slow is not dead
+            raise
         except (GuestError, VmDied):
             await driver_vm.kill()
             return None

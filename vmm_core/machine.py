@@ -11,7 +11,7 @@ ExitKind = Literal["destroyed", "exited", "signaled", "expired", "vanished"]
 
 
 class EgressRule(msgspec.Struct, frozen=True):
-    """One TCP endpoint a guest may open: ``host`` is a name or an IPv4 address as the guest writes it.
+    """One TCP endpoint a guest may open: ``host`` is a name as the guest writes it.
 
     ``via`` is where the host really connects for it (``name:port``), when that differs from what the
     guest writes; ``None`` means the same endpoint.
@@ -149,9 +149,10 @@ class GuestFile(msgspec.Struct, frozen=True):
 
 
 class ForkTimings(msgspec.Struct, frozen=True):
-    """Milliseconds of each part of a fork, in order; their sum is the fork as the caller sees it.
+    """Milliseconds of each part of a fork, in order, from the first thing made on the host.
 
-    ``disk_ms`` clones the disk; ``spawn_ms`` ends when the VMM has been told to load the state;
+    ``disk_ms`` clones the disk; ``spawn_ms`` ends when the VMM has been told to load the state (on the first fork
+    of a parent in a process it also covers the load of the parent's memory, unless that was prewarmed);
     ``revive_ms`` covers the load and the guest's first answer; ``record_ms`` writes down what lives.
     """
 

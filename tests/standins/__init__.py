@@ -1,0 +1,1 @@
+"""Stand-ins for what cannot run here, kept honest by the forge's own documents."""

@@ -1,0 +1,1 @@
+"""The hypervisors the engine can drive."""

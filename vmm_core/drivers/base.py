@@ -1,5 +1,8 @@
 """What the engine asks of a hypervisor: ``Driver`` starts VMMs, ``Vm`` is one of them."""
 
+import contextlib
+import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Protocol
 
@@ -7,9 +10,23 @@ import msgspec
 
 from vmm_core.machine import Accel, BootImage, EgressRule, MachineSpec, VmExit
 
+# The files of a snapshot, and the sockets in a VM's directory.
+DISK, MEMORY, STATE = "disk.img", "memory.img", "state.bin"
+AGENT_SOCKET, QMP_SOCKET, CONSOLE_SOCKET = "agent.sock", "qmp.sock", "console.sock"
+
+
+@contextlib.contextmanager
+def short_path(path: Path) -> Generator[str]:
+    """An address for a Unix socket at ``path`` that fits 108 bytes, however long the path is."""
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
+
 
 class DriverInfo(msgspec.Struct, frozen=True):
-    """What a driver is and can do on this host. ``cpu_model`` names the CPU a snapshot is tied to."""
+    """Which VMM a driver runs: its version as the VMM tells it, and the program's path."""
 
     name: str
     version: str

@@ -17,12 +17,23 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vmm_core import clock, memory
 from vmm_core.disk import clone_file
-from vmm_core.drivers.base import DriverInfo, Place, Saved
+from vmm_core.drivers.base import (
+    AGENT_SOCKET,
+    CONSOLE_SOCKET,
+    DISK,
+    MEMORY,
+    QMP_SOCKET,
+    STATE,
+    DriverInfo,
+    Place,
+    Saved,
+    short_path,
+)
 from vmm_core.drivers.qmp import Qmp
 from vmm_core.errors import VmmError, VmmMissing, VmmProtocolError
 from vmm_core.machine import Accel, BootImage, EgressRule, MachineSpec, VmExit
@@ -31,8 +42,6 @@ from vmm_core.process import VmmProcess
 
 BINARY = "qemu-system-x86_64"
 OLDEST = (7, 2)
-DISK, MEMORY, STATE = "disk.img", "memory.img", "state.bin"
-AGENT_SOCKET, QMP_SOCKET, CONSOLE_SOCKET = "agent.sock", "qmp.sock", "console.sock"
 _SAVE_SECONDS = 60.0
 
 
@@ -119,16 +128,6 @@ class Descriptors:
 
     def close(self) -> None:
         self._stack.close()
-
-
-@contextlib.contextmanager
-def short_path(path: Path) -> Generator[str]:
-    """An address for a Unix socket at ``path`` that fits 108 bytes, however long the path is."""
-    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{path.name}"
-    finally:
-        os.close(fd)
 
 
 class QemuVm:

@@ -29,22 +29,51 @@ def take_place(directory: str) -> bool:
     return False
 
 
+class Direction:
+    """One way of the connection: what was read and not yet written, at most BUFFER bytes."""
+
+    def __init__(self, source: socket.socket, target: socket.socket) -> None:
+        self.source, self.target = source, target
+        self.held = b""
+        self.ended = self.done = False
+
+    def move(self) -> None:
+        """Read and write what can be without waiting."""
+        if not self.held and not self.ended:
+            try:
+                self.held = self.source.recv(BUFFER)
+                self.ended = not self.held
+            except BlockingIOError:
+                return
+        if self.held:
+            try:
+                self.held = self.held[self.target.send(self.held) :]
+            except BlockingIOError:
+                return
+        if self.ended and not self.done:
+            self.done = True
+            self.target.shutdown(socket.SHUT_WR)
+
+
 def pump(guest: socket.socket, remote: socket.socket) -> None:
-    """Copy both ways until both directions have ended."""
-    peers = {guest.fileno(): (guest, remote), remote.fileno(): (remote, guest)}
-    poller = select.poll()
-    for fd in peers:
-        poller.register(fd, select.POLLIN)
-    while peers:
-        for fd, _event in poller.poll():
-            source, target = peers[fd]
-            data = source.recv(BUFFER)
-            if data:
-                target.sendall(data)
-                continue
-            poller.unregister(fd)
-            del peers[fd]
-            target.shutdown(socket.SHUT_WR)
+    """Copy both ways until both have ended; neither waits for the other, so two writers cannot block each other."""
+    directions = (Direction(guest, remote), Direction(remote, guest))
+    for sock in (guest, remote):
+        sock.setblocking(False)
+    while not all(direction.done for direction in directions):
+        wanted = {guest.fileno(): 0, remote.fileno(): 0}
+        for direction in directions:
+            if direction.held:
+                wanted[direction.target.fileno()] |= select.POLLOUT
+            elif not direction.ended:
+                wanted[direction.source.fileno()] |= select.POLLIN
+        poller = select.poll()
+        for fd, events in wanted.items():
+            if events:
+                poller.register(fd, events)
+        poller.poll()
+        for direction in directions:
+            direction.move()
 
 
 def main() -> int:
