@@ -48,7 +48,7 @@ async def source(settings: Settings, api: str | None) -> AsyncGenerator[Source]:
     """The running service of these settings (or at ``api``); without one, its database."""
     address = api or announced(settings.data_dir)
     if address is not None:
-        async with httpx.AsyncClient(base_url=address, timeout=httpx.Timeout(10.0, read=60.0)) as http:
+        async with _http(address, httpx.Timeout(10.0, read=60.0)) as http:
             try:
                 (await http.get("/healthz")).raise_for_status()
             except httpx.HTTPError as error:
@@ -77,7 +77,7 @@ async def kill(settings: Settings, api: str | None, vm_id: str) -> bool:
     address = api or announced(settings.data_dir)
     if address is None:
         return False
-    async with httpx.AsyncClient(base_url=address, timeout=30.0) as http:
+    async with _http(address, httpx.Timeout(30.0)) as http:
         try:
             answer = await http.post(f"/vms/{_quoted(vm_id)}/kill")
         except httpx.ConnectError:
@@ -89,6 +89,11 @@ async def kill(settings: Settings, api: str | None, vm_id: str) -> bool:
     if answer.is_error:
         raise NotThereError(_detail(answer))
     return True
+
+
+def _http(address: str, timeout: httpx.Timeout) -> httpx.AsyncClient:
+    # No proxy of the environment: the service is this host's own, or one that was named.
+    return httpx.AsyncClient(base_url=address, timeout=timeout, trust_env=False)
 
 
 class _Api:

@@ -66,7 +66,6 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     async with contextlib.AsyncExitStack() as stack:
-        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         stack.enter_context(_only_one(settings.data_dir))
         listening = stack.enter_context(_listen(settings.listen))
         store = await stack.enter_async_context(Store.open(database_url(settings)))
@@ -356,8 +355,14 @@ def _egress(settings: Settings) -> tuple[EgressRule, ...]:
 
 @contextlib.contextmanager
 def _only_one(data_dir: Path) -> Generator[None]:
-    """Hold the data directory: two services on it would both think that its leases are theirs."""
-    fd = os.open(data_dir / "service.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    """Make and hold the data directory: two services on it would both think that its leases are theirs."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(data_dir / "service.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot use the data directory {data_dir}: {error.strerror}; change service.data_dir, or its rights"
+        ) from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

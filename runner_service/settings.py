@@ -8,6 +8,7 @@ Secrets are never values here: a setting names the file or the environment varia
 """
 
 import difflib
+import math
 import os
 import re
 import socket
@@ -19,10 +20,19 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
+from vmm_core.errors import BadRequest
+from vmm_core.machine import EgressRule
+from vmm_core.network.user import check_rules
+
 DEFAULT_FILES = (Path("microvm.toml"), Path("/etc/microvm/microvm.toml"))
 _PREFIX = "MICROVM_"
 # Variables of that prefix that are no settings of the service.
-_OTHERS = {"MICROVM_CONFIG", "MICROVM_DATA_DIR", "MICROVM_API"}
+_OTHERS = ("MICROVM_CONFIG", "MICROVM_DATA_DIR", "MICROVM_API")
+_TESTS = "MICROVM_TEST_"
+# How alike a variable's section must be to one of ours to be taken for a slip of the pen.
+_NEAR_MISS = 0.65
+# The least that makes sense of a number, where it is not 1.
+_LEAST = {"memory_mib": 0, "keep_days": 0.01, "timeout_s": 0.1}
 
 
 class SettingsError(Exception):
@@ -193,6 +203,13 @@ def _check_keys(tree: Mapping[str, Any], origin: str) -> None:
             raise SettingsError(f"{origin}: [{section}] must be a table of keys")
         for key in table:  # pyright: ignore[reportUnknownVariableType]
             _check_key(str(key), sections[section], f"{origin}: [{section}]")  # pyright: ignore[reportUnknownArgumentType]
+    _check_egress_keys(tree.get("runners", {}).get("egress"), f"{origin}: [[runners.egress]]")
+
+
+def _check_egress_keys(rules: Any, where: str) -> None:
+    for rule in rules if isinstance(rules, list) else ():  # pyright: ignore[reportUnknownVariableType]
+        for key in rule if isinstance(rule, dict) else ():  # pyright: ignore[reportUnknownVariableType]
+            _check_key(str(key), Egress, where)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _check_key(key: str, kind: type[msgspec.Struct], where: str) -> None:
@@ -210,12 +227,17 @@ def _apply_environment(tree: dict[str, Any], env: Mapping[str, str]) -> None:
     if env.get("MICROVM_DATA_DIR"):
         tree.setdefault("service", {})["data_dir"] = env["MICROVM_DATA_DIR"]
     for name in sorted(env):
-        if not name.startswith(_PREFIX) or name in _OTHERS:
+        if not name.startswith(_PREFIX) or name in _OTHERS or name.startswith(_TESTS):
             continue
         section, _, key = name.removeprefix(_PREFIX).lower().partition("_")
         kind = _sections().get(section)
         if kind is None:
-            # Other programs may use the prefix too: only variables that name a section of ours are settings.
+            # Other programs may use the prefix too: only variables that (nearly) name a section of ours are settings.
+            if key and (near := difflib.get_close_matches(section, _sections(), n=1, cutoff=_NEAR_MISS)):
+                meant = f"{_PREFIX}{near[0].upper()}_…"
+                raise SettingsError(
+                    f"environment variable {name}: no section '{section}', did you mean {meant}?"
+                )
             continue
         _check_key(key, kind, f"environment variable {name}")
         tree.setdefault(section, {})[key] = _parse(env[name], kind, key, name)
@@ -229,7 +251,9 @@ def _parse(text: str, kind: type[msgspec.Struct], key: str, name: str) -> Any:
         if get_origin(wanted) is Literal or wanted is str:
             return msgspec.convert(text, wanted)
         if key == "egress":
-            return msgspec.json.decode(text)
+            rules = msgspec.json.decode(text)
+            _check_egress_keys(rules, f"environment variable {name}")
+            return msgspec.to_builtins(msgspec.convert(rules, wanted))
         return msgspec.convert(text, wanted, strict=False)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise SettingsError(f"environment variable {name}: {error}{_choices(wanted)}") from error
@@ -262,21 +286,32 @@ def _check_values(settings: Settings, origin: str) -> None:
         raise SettingsError(
             f"{origin}: [service] listen: '{service.listen}' is not ADDRESS:PORT, such as 127.0.0.1:8470"
         )
-    if service.database_url and re.search(r"://[^/@]*:[^/@]+@", service.database_url):
+    if re.search(r"://[^/@]*:[^/@]+@|[?&](ssl)?password=", service.database_url, re.IGNORECASE):
         raise SettingsError(
             f"{origin}: [service] database_url holds a password: put the whole URL into an environment variable "
             "and name that in database_url_env"
         )
-    for key in runners.__struct_fields__:
-        value = getattr(runners, key)
-        if isinstance(value, int | float) and value < (0 if key == "memory_mib" else 1):
-            raise SettingsError(f"{origin}: [runners] {key}: must be at least 1, not {value}")
+    for section, table in (("service", service), ("runners", runners), ("github", github)):
+        if table is not None:
+            _check_numbers(table, f"{origin}: [{section}]")
+    try:
+        check_rules([EgressRule(rule.host, rule.port, rule.via or None) for rule in runners.egress])
+    except BadRequest as error:
+        raise SettingsError(f"{origin}: [[runners.egress]]: {error}") from error
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", runners.name_prefix):
         raise SettingsError(
             f"{origin}: [runners] name_prefix: lower-case letters, digits and '-', at most 32"
         )
     if github is not None:
         _check_github(github, origin)
+
+
+def _check_numbers(table: msgspec.Struct, where: str) -> None:
+    for key in table.__struct_fields__:
+        value = getattr(table, key)
+        least = _LEAST.get(key, 1)
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+            raise SettingsError(f"{where} {key}: must be a number of at least {least}, not {value}")
 
 
 def _check_github(github: GitHubSettings, origin: str) -> None:

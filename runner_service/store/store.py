@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from importlib import resources
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any, TypeVar
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy.event import listen
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from runner_service.store.queries import warm_up
 from runner_service.store.schema import HEAD
 
 T = TypeVar("T")
+# What people write → the driver that is used.
+_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
 _MIGRATION_LOCK = 0x6D766D31  # "mvm1": the key of the advisory lock on PostgreSQL
 
 
@@ -48,17 +51,21 @@ class Store:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(cls, url: str, *, read_only: bool = False) -> AsyncGenerator["Store"]:
-        """Open ``url`` (``sqlite+aiosqlite:///…`` or ``postgresql+psycopg://…``), migrating it unless read-only.
+        """Open ``url`` (``sqlite:///FILE`` or ``postgresql://…``), migrating it unless read-only.
 
         Raises StoreError when it cannot be opened, or was written by a newer version.
         """
-        parsed = sa.make_url(url)
-        if parsed.get_backend_name() == "sqlite":
-            writer, reader = _sqlite(parsed, read_only=read_only)
-        else:
-            writer = reader = create_async_engine(
-                parsed, pool_size=5, json_serializer=_dump, json_deserializer=_load
-            )
+        parsed = _parsed(url)
+        try:
+            writer, reader = _engines(parsed, read_only=read_only)
+        except OSError as error:
+            raise StoreError(f"cannot use the database {_shown(parsed)}: {error.strerror}") from error
+        except (ArgumentError, NoSuchModuleError, ImportError) as error:
+            # Not the error's text: it may hold the URL with its password.
+            raise StoreError(
+                f"cannot use the database {_shown(parsed)}: the driver {parsed.drivername} does not load "
+                f"(is it installed? {type(error).__name__})"
+            ) from None
         store = cls(parsed, writer, reader)
         try:
             try:
@@ -156,6 +163,31 @@ class Store:
 def sqlite_url(path: Path) -> str:
     """The URL of the SQLite database in the file ``path``."""
     return f"sqlite+aiosqlite:///{path.absolute()}"
+
+
+def _parsed(url: str) -> sa.URL:
+    """The URL with the driver that is used for it. Nothing but its scheme is ever shown of a bad one."""
+    scheme = re.match(r"([A-Za-z0-9+.-]{1,40}):", url)
+    shown = f"a URL of the scheme '{scheme[1]}'" if scheme is not None else "no URL"
+    allowed = "sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+    try:
+        parsed = sa.make_url(url)
+    except (ArgumentError, ValueError):
+        raise StoreError(
+            f"the database is given as {shown} that cannot be read; allowed: {allowed}"
+        ) from None
+    driver = _DRIVERS.get(parsed.drivername, parsed.drivername)
+    if driver not in _DRIVERS.values():
+        raise StoreError(f"the database is given as {shown}, which is not served; allowed: {allowed}")
+    return parsed.set(drivername=driver)
+
+
+def _engines(url: sa.URL, *, read_only: bool) -> tuple[AsyncEngine, AsyncEngine]:
+    """Writer and reader; one and the same but for SQLite."""
+    if url.get_backend_name() == "sqlite":
+        return _sqlite(url, read_only=read_only)
+    engine = create_async_engine(url, pool_size=5, json_serializer=_dump, json_deserializer=_load)
+    return engine, engine
 
 
 def _sqlite(url: sa.URL, *, read_only: bool) -> tuple[AsyncEngine, AsyncEngine]:
