@@ -14,7 +14,7 @@ import pytest
 from vmm_core.network import relay
 
 pytestmark = pytest.mark.anyio
-SIZE = 8 << 20
+SIZE = 40 << 20  # more than all the socket buffers on the way hold
 
 
 @contextlib.asynccontextmanager
