@@ -3,6 +3,8 @@
 GET  /healthz  /readyz  /metrics
 GET  /jobs?limit=&state=      GET /jobs/{job}      GET /jobs/{job}/log?offset=&follow=
 GET  /vms                     POST /vms/{vm}/kill
+
+Webhooks come in on the same address. What a reverse proxy passes on (it says so in a header) reaches them only.
 """
 
 import time
@@ -22,6 +24,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from github_webhook.receiver import problem
 from runner_service import views
 from runner_service.domain import WRITES_LOG
 from runner_service.joblog import JobLogs
@@ -35,6 +38,7 @@ WebRequest = Request[Any, Any, State]
 JobRunState = Literal["waiting", "queued", "in_progress", "completed"]
 _BEFORE_RUNNER = 5.0
 _BEFORE_ADOPTION = 1.0
+_FORWARDED = {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -91,7 +95,7 @@ class Api:
         """The application, with ``routers`` (the webhook receivers) hung in."""
 
         def configure(config: AppConfig) -> AppConfig:
-            config.middleware.append(log_requests)
+            config.middleware.extend((log_requests, refuse_forwarded))
             return config
 
         return Litestar(
@@ -212,9 +216,18 @@ def log_requests(app: ASGIApp) -> ASGIApp:
     return middleware
 
 
-def _problem(status: int, code: str, title: str, detail: str) -> Response[bytes]:
-    document = {"type": f"urn:microvm:problem:{code}", "title": title, "status": status, "detail": detail}
-    return Response(msgspec.json.encode(document), status_code=status, media_type="application/problem+json")
+def refuse_forwarded(app: ASGIApp) -> ASGIApp:
+    """Only webhooks and /healthz for requests that a proxy passed on: the rest has no password of its own."""
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path != "/healthz" and not path.startswith("/webhooks/"):
+            names = {name.lower() for name, _ in scope["headers"]}
+            if names & _FORWARDED:
+                raise PermissionDeniedException("forward only /webhooks/ to this service")
+        await app(scope, receive, send)
+
+    return middleware
 
 
 def _http_problem(_: WebRequest, error: HTTPException) -> Response[bytes]:
@@ -223,14 +236,14 @@ def _http_problem(_: WebRequest, error: HTTPException) -> Response[bytes]:
         # Which parameter, and what is wrong with it.
         detail = "; ".join(f"{one.get('key', '')}: {one.get('message', '')}" for one in error.extra)[:500]
     code = type(error).__name__.removesuffix("Exception")
-    return _problem(error.status_code, code.lower() or "http", code or "HTTP error", detail)
+    return problem(error.status_code, code.lower() or "http", code or "HTTP error", detail)
 
 
 def _vmm_problem(_: WebRequest, error: VmmError) -> Response[bytes]:
     status = 404 if isinstance(error, UnknownVm) else 500
-    return _problem(status, error.code, type(error).__name__, str(error))
+    return problem(status, error.code, type(error).__name__, str(error))
 
 
 def _unexpected(request: WebRequest, error: Exception) -> Response[bytes]:
     log.exception("request_failed", path=request.url.path[:200], error=type(error).__name__)
-    return _problem(500, "internal_error", "Internal error", "see the log of the service")
+    return problem(500, "internal_error", "Internal error", "see the log of the service")

@@ -117,6 +117,23 @@ async def test_a_web_page_gives_no_orders(tmp_path: Path) -> None:
     assert answer.status_code == 403
 
 
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded", "X-Real-IP"])
+async def test_a_proxy_reaches_webhooks_only(tmp_path: Path, header: str) -> None:
+    world = World(tmp_path)
+    async with world.running() as service, client(service) as http:
+        for method, path in (
+            ("POST", "/vms/x/kill"), ("GET", "/vms"), ("GET", "/jobs"), ("GET", "/jobs/x/log"), ("GET", "/metrics"),
+            ("GET", "/readyz"), ("GET", "/schema/openapi.json"),
+        ):  # fmt: skip
+            answer = await http.request(method, path, headers={header: "192.0.2.7"})
+            assert answer.status_code == 403, path
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.json()["detail"] == "forward only /webhooks/ to this service"
+        assert (await http.get("/healthz", headers={header: "192.0.2.7"})).status_code == 200
+        hook = await http.post("/webhooks/github", headers={header: "192.0.2.7"})
+        assert hook.status_code == 404  # none hangs here; it was not refused
+
+
 async def test_a_kill_ends_the_vm_and_its_runner(tmp_path: Path) -> None:
     world = World(tmp_path)
     async with world.running() as service, client(service) as http:
