@@ -1,4 +1,10 @@
-"""Finds VMs that no runner owns any more, and destroys those seen on two passes."""
+"""Finds VMs of ours that nobody owns any more, and destroys those seen on two passes.
+
+Adopting takes every VM whose program died. Those that ``microvm serve``, ``run`` or ``bake`` made are destroyed;
+those that another program made through the library are kept until their own time limit.
+"""
+
+from collections.abc import Mapping
 
 import structlog
 
@@ -9,7 +15,7 @@ log = structlog.get_logger("reaper")
 
 
 class Reaper:
-    """Looks at the VMs that this service made; those of other programs on the host are none of its business."""
+    """Looks at the VMs that this service made, and at orphans that a command of ours made; at no others."""
 
     def __init__(self, hypervisor: Hypervisor, *, service: str) -> None:
         self._hypervisor = hypervisor
@@ -26,8 +32,9 @@ class Reaper:
         unowned: set[str] = set()
         for record in self._hypervisor.records():
             runner_id = record.metadata.get("runner_id")
-            ours = record.metadata.get("service") == self._service or record.id in orphans
-            if ours and runner_id not in owned:
+            made_here = record.metadata.get("service") == self._service
+            orphan = record.id in orphans and _ours(record.metadata)
+            if (made_here or orphan) and runner_id not in owned:
                 unowned.add(record.id)
         destroyed: list[str] = []
         for vm_id in sorted(unowned & self._suspects):
@@ -42,3 +49,8 @@ class Reaper:
             log.warning("reaped", vm=vm_id, why="no runner owned it on two passes")
         self._suspects = unowned - set(destroyed)
         return destroyed
+
+
+def _ours(metadata: Mapping[str, str]) -> bool:
+    """Whether ``microvm serve``, ``run`` or ``bake`` made a VM of this metadata."""
+    return "runner_id" in metadata or metadata.get("purpose") == "run" or "bake" in metadata

@@ -245,7 +245,7 @@ class Scheduler:
                 live.lose("the service lost track of it")
                 self._drive_soon(current)
         self._brakes = {g: b for g, b in self._brakes.items() if b.until > now - 600.0}
-        # VMs of programs that died meanwhile come to us: nobody else would end them.
+        # VMs of programs that died meanwhile come to us: the engine ends them in time, the reaper ours at once.
         self._orphans |= {vm.id for vm in await self._hypervisor.adopt()}
         await self._reaper.sweep({runner.id for runner in mine} | set(self._lives), self._orphans, now)
         self._metrics.rss.set(resident_bytes())

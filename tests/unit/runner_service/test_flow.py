@@ -222,13 +222,17 @@ async def test_vms_that_no_row_owns_are_gone_after_two_passes(tmp_path: Path) ->
         await service.engine.launch(
             "github-runner", metadata={"runner_id": "microvm-unknown", "service": "host-1"}
         )
-        await service.engine.launch("github-runner", metadata={"purpose": "run"})
+        others = [{"purpose": "run"}, {"bake": "x"}, {"program": "of somebody else"}]
+        for metadata in others:
+            await service.engine.launch("github-runner", metadata=metadata)
         await asyncio.sleep(0.5)
-        # The one of another program is none of our business while that program lives.
-        assert [m.record.metadata for m in world.host.machines.values()] == [{"purpose": "run"}]
+        # Those of other programs are none of our business while these programs live.
+        assert [m.record.metadata for m in world.host.machines.values()] == others
     async with world.running():
         await asyncio.sleep(0.5)
-    assert not world.host.machines
+        # Left alone by their dead program; the engine ends the stranger's in time.
+        assert [m.record.metadata for m in world.host.machines.values()] == others[-1:]
+    await world.host.close()
 
 
 async def test_a_service_that_stops_leaves_its_vms_and_goes_on_without_a_gap_in_the_log(
