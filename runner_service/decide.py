@@ -22,13 +22,16 @@ from runner_service.domain import (
     TimelineRow,
     timeline,
 )
-from runner_service.ingest import Books, Choose, ScopeOf, apply, serve
+from runner_service.ingest import Books, Choose, ScopeOf, age_out, apply, serve
 from runner_service.store import queries as q
 
 log = structlog.get_logger("decide")
 
 _INBOX_BATCH = 200
 _UNSERVED_BATCH = 200
+# GitHub fails a job that was queued for 24 h, and one that waited 30 days for an approval.
+_QUEUED_LIMIT = 25 * 3600.0
+_WAITING_LIMIT = 31 * 86400.0
 # Runners that wait for room beyond what a host can hold: enough to fill it at once, not one per queued job.
 _WAITING_MARGIN = 2
 
@@ -108,8 +111,7 @@ class Decider:
             if outcome in ("new", "advanced"):
                 decision.entered[event.state] = decision.entered.get(event.state, 0) + 1
         if look_again:
-            for job in await q.unserved_jobs(db, _UNSERVED_BATCH):
-                serve(books, books.jobs.setdefault(job.id, job), chosen, now)
+            await self._look_again(db, books, chosen, now)
         await q.save_jobs(db, [books.jobs[job_id] for job_id in books.changed_jobs])
         await q.close_deliveries(db, outcomes, now)
         books.changed_jobs.clear()
@@ -119,6 +121,17 @@ class Decider:
         await self._save(db, books, decision, new)
         decision.processed = len(deliveries)
         return decision
+
+    async def _look_again(self, db: AsyncConnection, books: Books, choose: Choose, now: float) -> None:
+        """Give up the jobs that the forge must have given up, and try the others that no template served."""
+        for job in await q.aged_jobs(
+            db, queued_before=now - _QUEUED_LIMIT, waiting_before=now - _WAITING_LIMIT, limit=_UNSERVED_BATCH
+        ):
+            if job.id not in books.changed_jobs:
+                age_out(books, job, now)
+        for job in await q.unserved_jobs(db, _UNSERVED_BATCH):
+            if job.id not in books.changed_jobs:
+                serve(books, job, choose, now)
 
     def _work(self, books: Books, event: JobEvent, choose: Choose, now: float) -> str:
         """One event that trips over a fault of ours must not hold up all that come after it."""
@@ -236,7 +249,7 @@ class Decider:
     ) -> None:
         """Give waiting runners, oldest first, a place on a host; the rest keep waiting, with the reason."""
         waiting = sorted(
-            (r for r in books.runners.values() if r.state in ("wanted", "placed")), key=lambda r: r.created_at
+            (r for r in books.runners.values() if r.state == "wanted"), key=lambda r: r.created_at
         )
         if not waiting:
             return
@@ -257,7 +270,7 @@ class Decider:
     def _place_one(
         self, runner: Runner, hosts: dict[str, Host], now: float
     ) -> tuple[Runner, list[TimelineRow]]:
-        """``wanted`` → ``placed`` → ``forking``, or why not; a runner nobody needs any more is gone at once."""
+        """``wanted`` → (placed) → ``forking``, or why not; a runner nobody needs any more is gone at once."""
         replace = msgspec.structs.replace
         if runner.cancelled_at is not None or runner.killed_at is not None or now >= runner.deadline:
             code = "late_wanted" if now >= runner.deadline else "cancelled"

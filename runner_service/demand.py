@@ -7,7 +7,7 @@ import msgspec
 from runner_service.domain import Runner, RunnerState
 
 # Which runner is given up first when there are too many: the one that has cost least so far.
-_GIVE_UP_ORDER: dict[RunnerState, int] = {"wanted": 0, "placed": 1, "forking": 2, "registering": 3, "idle": 4}
+_GIVE_UP_ORDER: dict[RunnerState, int] = {"wanted": 0, "forking": 1, "registering": 2, "idle": 3}
 
 
 class Brake(msgspec.Struct, frozen=True):

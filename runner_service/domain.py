@@ -7,12 +7,12 @@ import msgspec
 from vmm_core.machine import EgressRule
 
 JobState = Literal["waiting", "queued", "in_progress", "completed"]
-RunnerState = Literal["wanted", "placed", "forking", "registering", "idle", "busy", "retiring", "gone"]
+RunnerState = Literal["wanted", "forking", "registering", "idle", "busy", "retiring", "gone"]
 
 JOB_RANK: dict[JobState, int] = {"waiting": 0, "queued": 1, "in_progress": 2, "completed": 3}
 """Jobs only move to a higher rank. ``waiting`` (for an approval) is known but is not demand."""
 
-STARTING_OR_IDLE: frozenset[RunnerState] = frozenset({"wanted", "placed", "forking", "registering", "idle"})
+STARTING_OR_IDLE: frozenset[RunnerState] = frozenset({"wanted", "forking", "registering", "idle"})
 """Runners that may still take a queued job, unless a job was seen on them already."""
 
 WRITES_LOG: frozenset[RunnerState] = frozenset({"forking", "registering", "idle", "busy"})

@@ -34,7 +34,6 @@ class Limits(msgspec.Struct, frozen=True):
     def of(cls, runners: Runners) -> "Limits":
         by_state: dict[RunnerState, float] = {
             "wanted": runners.wanted_limit_s,
-            "placed": runners.fork_limit_s,
             "forking": runners.fork_limit_s,
             "registering": runners.online_limit_s,
             "idle": runners.idle_limit_s,

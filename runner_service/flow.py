@@ -1,12 +1,12 @@
 """The life of a runner after the decision to make one: one handler a state, each safe to run again.
 
-    wanted ─► placed ─► forking ─► registering ─► idle ─► busy ─► retiring ─► gone
-      │                    │            │          │ ▲      │        │ ▲
-      │                    └────────────┴──────────┴─│──────┴────────┘ │
-      └► gone                                        └─────────────────┘ the forge says: busy
+    wanted ─► forking ─► registering ─► idle ─► busy ─► retiring ─► gone
+      │          │            │          │        ▲ │      │  ▲
+      │          └────────────┴──────────┴────────│─┴──────│──┘
+      └► gone                                     └────────┘ the forge says: busy
 
 wanted       a queued job needs it; waits for room (decided in ``decide.py``, which alone sees all promises).
-placed       a host promised the room; goes on at once.
+             ``placed`` is a line of the timeline and no state: a place is promised and the fork begun in one commit.
 forking      the VM is forked and the registration asked for, both at once; then the runner process is started
              with one call over the channel.
 registering  the process runs in the guest; waits until it listens for jobs.

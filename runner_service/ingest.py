@@ -83,6 +83,17 @@ def serve(books: Books, job: Job, choose: Choose, now: float) -> None:
         books.say(job, now, "not served", reason, "a template for its labels")
 
 
+def age_out(books: Books, job: Job, now: float) -> None:
+    """Give up a job whose end we were never told; should it be told yet, it changes nothing."""
+    books.put_job(
+        msgspec.structs.replace(
+            job, state="completed", conclusion="stale", waits_for=None, updated_at=now, completed_at=now
+        )
+    )
+    hours = (now - job.event_at) / 3600
+    books.say(job, now, "aged out", f"{job.state} for {hours:.0f} h: the forge has given it up by now")
+
+
 def _new_job(event: JobEvent, scope: Scope, now: float) -> Job:
     blank = Job(
         id=event.job_id,

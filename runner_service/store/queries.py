@@ -144,13 +144,23 @@ async def queued_jobs(db: AsyncConnection, group: str, limit: int) -> list[Job]:
 
 
 async def unserved_jobs(db: AsyncConnection, limit: int) -> list[Job]:
-    """Queued jobs of ours that no template served when they were last looked at."""
+    """Queued jobs of ours that no template served when they were last looked at; the newest of them."""
     query = (
         sa.select(*_JOB)
         .where(jobs.c.state == "queued", jobs.c.group_key.is_(None))
-        .order_by(jobs.c.event_at)
+        .order_by(jobs.c.event_at.desc())
         .limit(limit)
     )
+    return [_as(row, Job) for row in await db.execute(query)]
+
+
+async def aged_jobs(
+    db: AsyncConnection, *, queued_before: float, waiting_before: float, limit: int
+) -> list[Job]:
+    """Jobs no runner was ever made for: queued before the one moment, or waiting since before the other."""
+    unserved = sa.and_(jobs.c.state == "queued", jobs.c.group_key.is_(None), jobs.c.event_at < queued_before)
+    waiting = sa.and_(jobs.c.state == "waiting", jobs.c.event_at < waiting_before)
+    query = sa.select(*_JOB).where(sa.or_(unserved, waiting)).order_by(jobs.c.event_at).limit(limit)
     return [_as(row, Job) for row in await db.execute(query)]
 
 

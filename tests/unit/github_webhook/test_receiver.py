@@ -104,7 +104,7 @@ async def serving(world: World, **options: Any) -> AsyncIterator[World]:
     task = asyncio.create_task(server.serve())
     try:
         async with asyncio.timeout(10):
-            while not server.started:  # noqa: ASYNC110 - it offers no event
+            while not server.started:
                 await asyncio.sleep(0.01)
         world.port = server.servers[0].sockets[0].getsockname()[1]
         yield world

@@ -9,7 +9,7 @@ from runner_service.ingest import Books, apply
 from runner_service.labels import choose
 
 TEMPLATE = Template("python-ci", "d" * 64, (), 512, "/opt/actions-runner")
-STATES = ("wanted", "placed", "forking", "registering", "idle", "busy", "retiring")
+STATES = ("wanted", "forking", "registering", "idle", "busy", "retiring")
 GROUPS = ("a", "b")
 
 

@@ -246,7 +246,7 @@ class Service:
 async def until(holds: Callable[[], object], seconds: float = 5.0) -> None:
     """Wait until something outside of any task's hands is true."""
     async with asyncio.timeout(seconds):
-        while not holds():  # noqa: ASYNC110
+        while not holds():
             await asyncio.sleep(0.01)
 
 
