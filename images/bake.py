@@ -118,6 +118,7 @@ class _Bake:
     async def _sweep(self) -> None:
         """Remove what killed bakes left: half-built directories, and machines that nobody bakes on with."""
         self._cache.sweep()
+        self._engine.snapshots.sweep()
         for record in self._engine.records():
             inputs = record.metadata.get(_BAKE)
             if inputs is not None and self._cache.is_free(f"template-{inputs}"):

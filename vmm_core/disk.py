@@ -36,6 +36,7 @@ RESERVE_BYTES = 256 << 20
 LOOP_POOL_MIN = 2 << 30
 LOOP_POOL_MAX = 1 << 40
 _COPY_CHUNK = 4 << 20
+_COPY_NOTE = "every fork copies its disk; use XFS or btrfs, or run as root with xfsprogs and loop devices"
 
 _NO_REFLINK = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS}
 
@@ -181,14 +182,19 @@ async def open_pool(data_dir: Path) -> AsyncGenerator[Pool]:
         raise _unusable(data_dir, error) from error
     try:
         async with _turn(data_dir):
-            pool = await _prepare(data_dir)
             fcntl.flock(users, fcntl.LOCK_SH)
+            pool = await _prepare(data_dir)
+            # Held open, so that nobody's umount can take it away from under us.
+            held = os.open(pool.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            if pool.kind == "xfs-loop" and os.fstat(held).st_dev == data_dir.stat().st_dev:
+                raise HostUnfit(f"the pool {pool.root} was unmounted as it was opened: try again")
             yield pool
         finally:
+            os.close(held)
             if pool.kind == "xfs-loop":
                 async with _turn(data_dir):
-                    await _leave(pool, users)
+                    _leave(pool, users)
     finally:
         os.close(users)
 
@@ -237,6 +243,10 @@ async def _prepare(data_dir: Path) -> Pool:
             pool = Pool(root=root, kind="xfs-loop" if (data_dir / "pool.xfs").exists() else "reflink")
         elif not (data_dir / "pool.xfs").exists() and _reflinks(root):
             pool = Pool(root=root, kind="reflink")
+        elif not (data_dir / "pool.xfs").exists() and _in_use(root):
+            pool = Pool(
+                root=root, kind="copy", note=f"{root} cannot share blocks and is in use already: {_COPY_NOTE}"
+            )
         else:
             pool = await _loop_pool(data_dir, root)
         for part in (pool.snapshots, pool.names, pool.vms, pool.staging):
@@ -244,6 +254,11 @@ async def _prepare(data_dir: Path) -> Pool:
     except OSError as error:
         raise _unusable(data_dir, error) from error
     return pool
+
+
+def _in_use(root: Path) -> bool:
+    """Whether a plain directory holds templates or VMs, which a mount would hide."""
+    return any(path.is_dir() and any(path.iterdir()) for path in (root / "snapshots", root / "vms"))
 
 
 def _reflinks(directory: Path) -> bool:
@@ -281,8 +296,7 @@ async def _loop_pool(data_dir: Path, root: Path) -> Pool:
     return Pool(
         root=root,
         kind="copy",
-        note=f"{root} cannot share blocks, so every fork copies its disk ({problem}); "
-        "use XFS or btrfs, or run as root with xfsprogs and loop devices",
+        note=f"{root} cannot share blocks, so {_COPY_NOTE} ({problem})",
     )
 
 
@@ -317,14 +331,14 @@ async def _make_loop_image(image: Path) -> str | None:
     return problem
 
 
-async def _leave(pool: Pool, users: int) -> None:
+def _leave(pool: Pool, users: int) -> None:
     """Unmount when no other process and no VM uses the pool; a busy mount stays, the next one out takes it."""
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    await asyncio.to_thread(libc.umount2, os.fsencode(pool.root), 0)
+    # Not on a thread: were we cancelled, it would go on after the turn is somebody else's.
+    ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(pool.root), 0)
 
 
 async def _run(*argv: str) -> str | None:
@@ -341,10 +355,13 @@ async def _run(*argv: str) -> str | None:
     try:
         async with asyncio.timeout(60):
             output, _ = await process.communicate()
-    except TimeoutError:
-        process.kill()
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
-        return f"{argv[0]} took longer than 60 s"
+        if isinstance(error, TimeoutError):
+            return f"{argv[0]} took longer than 60 s"
+        raise
     if process.returncode == 0:
         return None
     return (

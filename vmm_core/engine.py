@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import secrets
 import time
@@ -56,13 +57,14 @@ from vmm_core.machine import (
 from vmm_core.network import user
 from vmm_core.process import VmmProcess
 from vmm_core.snapshot import SnapshotStore, file_sizes
-from vmm_core.vm import RunningVm, remove_tree
+from vmm_core.vm import RunningVm, end_processes_in, remove_tree
 
 RECORD, LOCK = "vm.json", "lock"
 BOOT_SECONDS = 120.0
 REVIVE_SECONDS = 30.0
 RESIDENT_PARENTS = 4
 _MEMORY_RESERVE_MIB = 256
+_CLOSE_SECONDS = 30.0
 # What a fresh clone and its VMM need at once; what it writes later is its own affair.
 _FORK_MEMORY_MIB = 96
 
@@ -84,7 +86,7 @@ class Engine:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._resident: OrderedDict[str, int] = OrderedDict()
-        self._loading: dict[str, asyncio.Task[int]] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -318,6 +320,7 @@ class Engine:
         if process is not None:
             await process.end()
             process.close()
+        end_processes_in(self.pool.vms / vm_id)
         lock = _try_lock(self.pool.vms / vm_id)
         if lock is not None:
             remove_tree(self.pool.vms / vm_id)
@@ -434,20 +437,24 @@ class Engine:
         """The sealed memory of a parent, loaded once; the least recently forked parents are let go."""
         digest = snapshot.digest
         if digest not in self._resident:
-            if digest not in self._loading:
-                size = snapshot.manifest.machine.memory_mib << 20
-                load = asyncio.to_thread(memory.load_sealed, snapshot.path / MEMORY, size)
-                self._loading[digest] = asyncio.create_task(_task(load), name=f"load-{digest[:12]}")
-            try:
-                fd = await asyncio.shield(self._loading[digest])
-            finally:
-                if digest in self._loading and self._loading[digest].done():
-                    del self._loading[digest]
-            self._resident.setdefault(digest, fd)
+            loading = self._loading.get(digest)
+            if loading is None:
+                loading = asyncio.create_task(self._load(snapshot), name=f"load-{digest[:12]}")
+                self._loading[digest] = loading
+            await asyncio.shield(loading)
         self._resident.move_to_end(digest)
         while len(self._resident) > RESIDENT_PARENTS:
             os.close(self._resident.popitem(last=False)[1])
         return self._resident[digest]
+
+    async def _load(self, snapshot: Snapshot) -> None:
+        """Make a parent resident. The task itself keeps the books: whoever waits for it may be cancelled."""
+        try:
+            size = snapshot.manifest.machine.memory_mib << 20
+            fd = await asyncio.to_thread(memory.load_sealed, snapshot.path / MEMORY, size)
+            self._resident[snapshot.digest] = fd
+        finally:
+            del self._loading[snapshot.digest]
 
     def _revive(self, place: Place, hostname: str | None) -> Revive:
         return Revive(
@@ -483,6 +490,7 @@ class Engine:
             created_at=now,
             expires_at=now + ttl,
             metadata=dict(metadata or {}),
+            host_boot=_host_boot(),
         )
         draft = place.directory / f".{RECORD}"
         draft.write_bytes(msgspec.json.encode(record))
@@ -511,11 +519,14 @@ class Engine:
     async def _adopt_or_clear(self, directory: Path, lock: int) -> RunningVm | None:
         try:
             vm = await self._adopt(directory, lock)
-        except GuestTimeout:
-            os.close(lock)
+        except (GuestTimeout, OSError, msgspec.DecodeError):
+            os.close(lock)  # slow, or not readable to this release: not ours to end
             return None
+        except BaseException:
+            os.close(lock)
+            raise
         if vm is None:
-            _end_processes_in(directory)
+            end_processes_in(directory)
             remove_tree(directory)
             os.close(lock)
         return vm
@@ -524,8 +535,10 @@ class Engine:
         """The VM in ``directory``, or None when it is dead, expired or was never finished."""
         try:
             record = msgspec.json.decode((directory / RECORD).read_bytes(), type=VmRecord)
-        except (OSError, msgspec.DecodeError):
+        except FileNotFoundError:
             return None
+        if record.host_boot != _host_boot():
+            return None  # it ended with the host; its pid is somebody else's by now
         place = Place(id=record.id, directory=directory, allow=record.machine.network.allow)
         driver_vm = self.driver.adopt(place, record.pid, record.start_ticks)
         if driver_vm is None:
@@ -556,10 +569,11 @@ class Engine:
             timer.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for vm in list(self._vms.values()):
-            await vm.detach()
-        for task in list(self._loading.values()):
-            with contextlib.suppress(Exception):
-                os.close(await task)
+            if (ending := vm.being_destroyed) is not None:
+                await asyncio.wait({ending}, timeout=_CLOSE_SECONDS)
+            else:
+                await vm.detach()
+        await asyncio.gather(*self._loading.values(), return_exceptions=True)
         for fd in self._resident.values():
             os.close(fd)
 
@@ -577,10 +591,6 @@ def _opened(machine: MachineSpec, rules: Sequence[EgressRule]) -> MachineSpec:
     return msgspec.structs.replace(
         machine, network=msgspec.structs.replace(machine.network, allow=tuple(rules))
     )
-
-
-async def _task(awaitable: Awaitable[T]) -> T:
-    return await awaitable
 
 
 async def _unless_dead(driver_vm: Vm, answer: Awaitable[T]) -> T:
@@ -616,13 +626,9 @@ def _try_lock(directory: Path) -> int | None:
     return fd
 
 
-def _end_processes_in(directory: Path) -> None:
-    """Kill what runs in a VM's directory: a VMM whose starter died before it wrote down its pid."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                if (entry / "cwd").readlink() == directory and entry.name != str(os.getpid()):
-                    os.kill(int(entry.name), 9)
+@functools.cache
+def _host_boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _grow(disk: Path, size: int) -> None:

@@ -80,7 +80,8 @@ class Snapshot(msgspec.Struct, frozen=True):
 class VmRecord(msgspec.Struct, frozen=True):
     """What is written down about a VM so that another process can adopt it; ``vm.json`` in its directory.
 
-    ``pid`` and ``start_ticks`` (field 22 of /proc/PID/stat) together name the VMM process for ever.
+    ``pid`` and ``start_ticks`` (field 22 of /proc/PID/stat) name the VMM process within one boot of the host,
+    which ``host_boot`` (its boot id) names.
     Times are Unix seconds. ``metadata`` are the caller's tags.
     """
 
@@ -94,6 +95,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     created_at: float
     expires_at: float
     metadata: dict[str, str] = {}
+    host_boot: str = ""
 
 
 class VmExit(msgspec.Struct, frozen=True):

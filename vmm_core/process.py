@@ -3,15 +3,17 @@
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmm_core.errors import VmmMissing
+from vmm_core.errors import VmmMissing, VmmProtocolError
 
 _LOG_CAP = 64 << 10
+_DEATH_SECONDS = 30.0
 
 
 class VmmProcess:
@@ -33,8 +35,6 @@ class VmmProcess:
     @classmethod
     def spawn(cls, argv: Sequence[str], *, cwd: Path, pass_fds: Sequence[int]) -> "VmmProcess":
         """Start ``argv``. Raises VmmMissing when the program is not there or may not be run."""
-        import fcntl  # noqa: PLC0415
-
         log_fd = os.memfd_create("microvm-vmm-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(log_fd, _LOG_CAP)
@@ -56,16 +56,28 @@ class VmmProcess:
             raise
         # The pidfd reaps it; Popen must neither wait for it nor warn about it.
         child.returncode = 0
-        pidfd = os.pidfd_open(child.pid)
-        return cls(child.pid, start_ticks(child.pid) or 0, pidfd, log_fd, child=True)
+        pidfd = -1
+        try:
+            pidfd = os.pidfd_open(child.pid)
+            return cls(child.pid, start_ticks(child.pid) or 0, pidfd, log_fd, child=True)
+        except BaseException:
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+            for fd in (log_fd, pidfd):
+                if fd >= 0:
+                    os.close(fd)
+            raise
 
     @classmethod
     def adopt(cls, pid: int, ticks: int) -> "VmmProcess | None":
         """Watch a VMM another process started; None when it is gone or the pid is somebody else's now."""
         try:
             pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return None
+        except OSError as error:
+            # Gone, or the number is a thread's now (ENOENT on new kernels, EINVAL on older ones).
+            if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
+                return None
+            raise
         if start_ticks(pid) != ticks:
             os.close(pidfd)
             return None
@@ -83,14 +95,20 @@ class VmmProcess:
         return await asyncio.shield(self._ended)
 
     def signal(self, number: int) -> None:
-        if self.running:
+        if self.running and self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
     async def end(self) -> None:
-        """Kill it and wait until the kernel has taken everything back."""
+        """Kill it and wait until the kernel has taken everything back. VmmProtocolError when it does not die."""
         self.signal(signal.SIGKILL)
-        await self.wait()
+        try:
+            async with asyncio.timeout(_DEATH_SECONDS):
+                await self.wait()
+        except TimeoutError:
+            raise VmmProtocolError(
+                f"the VMM {self.pid} does not die within {_DEATH_SECONDS:.0f} s of SIGKILL"
+            ) from None
 
     def log_text(self) -> str:
         if self._log_fd is None:

@@ -8,6 +8,7 @@ What is not in ``snapshots/`` under its digest with a manifest does not exist, w
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import shutil
@@ -51,9 +52,14 @@ class SnapshotStore:
         _sync_directory(draft)
         try:
             draft.rename(target)
-        except OSError:
-            if not (target / MANIFEST).exists():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+            try:
+                return self.load(manifest.digest)
+            except SnapshotInvalid:
+                self._bury(target)  # a damaged one must not stand in the way of its own replacement
+                draft.rename(target)
         _sync_directory(target.parent)
         return self.load(manifest.digest)
 
@@ -104,8 +110,9 @@ class SnapshotStore:
         """Every name and the digest it stands for."""
         found: dict[str, str] = {}
         for path in self._pool.names.iterdir():
-            with contextlib.suppress(OSError):
-                found[path.name] = path.readlink().name
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_symlink() and not path.name.startswith("."):
+                    found[path.name] = path.readlink().name
         return found
 
     def set_name(self, name: str, digest: str) -> None:
@@ -129,13 +136,25 @@ class SnapshotStore:
 
     def remove(self, digest: str) -> None:
         """Delete a snapshot and its names. Forks under way keep what they have open."""
-        snapshot = self.load(digest)
-        for name, target in self.names().items():
-            if target == digest:
+        target = self._pool.snapshots / digest
+        if not (_DIGEST.fullmatch(digest) and target.is_dir()):
+            raise UnknownTemplate(f"there is no template {digest}: see microvm templates")
+        for name, meaning in self.names().items():
+            if meaning == digest:
                 (self._pool.names / name).unlink(missing_ok=True)
+        self._bury(target)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-made or half-removed."""
+        for path in self._pool.staging.iterdir():
+            maker = re.fullmatch(r"snapshot-(\d+)-[0-9a-f]{8}", path.name)
+            if path.name.startswith("removed-") or (maker and not Path(f"/proc/{maker[1]}").exists()):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _bury(self, target: Path) -> None:
         # Out of sight first: a removal that is cut short leaves rubbish in staging, never half a snapshot.
         grave = self._pool.staging / f"removed-{uuid.uuid4().hex[:8]}"
-        snapshot.path.rename(grave)
+        target.rename(grave)
         shutil.rmtree(grave, ignore_errors=True)
 
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -81,13 +82,15 @@ class RunningVm:
                 stdin=stdin is not None,
                 timeout=timeout,
             )
-            async with asyncio.TaskGroup() as group:
-                if stdin is not None:
-                    group.create_task(_feed(process, stdin))
-                collecting = group.create_task(process.collect(max_bytes=max_bytes))
-            return collecting.result()
-        except* ChannelClosed as closed:
-            raise await self._death(closed.exceptions[0]) from None
+            feeding = asyncio.ensure_future(_feed(process, stdin))
+            try:
+                return await process.collect(max_bytes=max_bytes)
+            finally:
+                feeding.cancel()
+                await asyncio.gather(feeding, return_exceptions=True)
+                process.release()
+        except ChannelClosed as closed:
+            raise await self._death(closed) from None
 
     async def start(
         self,
@@ -128,7 +131,7 @@ class RunningVm:
     async def destroy(self) -> None:
         """End the VM and give everything back. Safe to call again, and from several tasks at once."""
         self.end_as(VmExit(kind="destroyed", reason="destroyed by its owner"))
-        if self._destroying is None:
+        if self._destroying is None or (self._destroying.done() and self._destroying.exception() is not None):
             self._destroying = asyncio.create_task(self._destroy(), name=f"destroy-{self.id}")
         await asyncio.shield(self._destroying)
 
@@ -144,7 +147,9 @@ class RunningVm:
         await self._capture.close()
         await self.channel.close()
         await self.driver_vm.detach()
-        os.close(self._lock)
+        self._unlock()
+        if not self._exit.done():
+            self._exit.cancel()  # nobody here will hear of its end any more
 
     def end_as(self, verdict: VmExit) -> None:
         """Say beforehand how the coming end is to be told; the first word counts."""
@@ -162,9 +167,24 @@ class RunningVm:
         await asyncio.gather(self._watch, return_exceptions=True)
         await self._capture.close()
         await self.channel.close()
+        if self.record.machine.network.allow:
+            await asyncio.to_thread(
+                end_processes_in, self.directory
+            )  # relays that wait for their destination
         remove_tree(self.directory)
-        os.close(self._lock)
+        self._unlock()
         self._on_gone(self)
+
+    @property
+    def being_destroyed(self) -> asyncio.Task[None] | None:
+        """The destruction under way, which goes on when the one who asked for it was cancelled."""
+        task = self._destroying
+        return task if task is not None and not task.done() else None
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
     async def _death(self, closed: BaseException) -> BaseException:
         """The channel broke: VmDied with the reason when the VM is ending, else what happened to the channel."""
@@ -179,12 +199,23 @@ class RunningVm:
         )
 
 
+def end_processes_in(directory: Path) -> None:
+    """Kill what was started in a VM's directory: relays, or a VMM whose starter died before it wrote down its pid."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and entry.name != str(os.getpid()):
+            with contextlib.suppress(OSError):
+                if (entry / "cwd").readlink() == directory:
+                    os.kill(int(entry.name), signal.SIGKILL)
+
+
 def remove_tree(directory: Path) -> None:
     """Remove a VM's directory: its files are few and flat, and a vanished one is no error."""
     shutil.rmtree(directory, ignore_errors=True)
 
 
-async def _feed(process: Process, data: bytes) -> None:
+async def _feed(process: Process, data: bytes | None) -> None:
+    if data is None:
+        return
     # A command may end without reading all it was given.
     with contextlib.suppress(ChannelClosed, BrokenPipeError):
         await process.write(data)

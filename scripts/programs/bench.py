@@ -17,14 +17,17 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 from images.bake import root_disk
+from images.errors import ImageError
 from images.events import BakeEvent
 from scripts.programs.floor import Floor
-from scripts.programs.stage import Stage, runner_recipe
+from scripts.programs.stage import Stage, StageError, runner_recipe
 from vmm_core.engine import Engine
+from vmm_core.errors import VmmError
 from vmm_core.machine import Snapshot, VmUsage
 
 AT_ONCE = 8
@@ -196,7 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     console = Console(stderr=True)
-    figures = asyncio.run(run(options.data_dir, QUICK if options.quick else FULL, console))
+    try:
+        figures = asyncio.run(run(options.data_dir, QUICK if options.quick else FULL, console))
+    except (StageError, VmmError, ImageError) as error:
+        console.print(f"[red]the bench failed:[/red] {escape(str(error))}", highlight=False)
+        return 1
     show(figures, Console())
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -22,13 +22,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from images.bake import bake_machine, root_disk
+from images.errors import ImageError
 from images.events import BakeEvent
 from scripts.programs.leftovers import Leftovers
 from scripts.programs.stage import FILES, Stage, StageError, runner_recipe, step_at
 from tests.standins.github_state import Job
 from vmm_core import accounting
 from vmm_core.engine import Engine
-from vmm_core.errors import VmDied
+from vmm_core.errors import VmDied, VmmError
 from vmm_core.machine import VmUsage
 from vmm_core.vm import RunningVm
 
@@ -289,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         shown = asyncio.run(Demo(options.data_dir, console).play())
-    except (StageError, httpx.HTTPError) as error:
+    except (StageError, httpx.HTTPError, VmmError, ImageError) as error:
         console.print(f"[red]the demo failed:[/red] {escape(str(error))}", highlight=False)
         return 1
     if options.json is not None:

@@ -542,3 +542,72 @@ async def test_a_machine_that_never_says_hello_is_given_up_with_its_console(
                 pass
     finally:
         blank.unlink()
+
+
+async def test_a_damaged_snapshot_gives_way_to_its_replacement(engine: Engine, minimal: Snapshot) -> None:
+    digest = "badc0de0" * 5
+    for _ in range(2):
+        with engine.snapshots.draft() as draft:
+            (draft / "disk.img").write_bytes(b"whole")
+            manifest: Manifest = msgspec.structs.replace(
+                minimal.manifest, digest=digest, files={"disk.img": 5}
+            )
+            published = engine.snapshots.publish(draft, manifest)
+        assert (published.path / "disk.img").read_bytes() == b"whole"
+        (published.path / "disk.img").write_bytes(b"cut")
+        with pytest.raises(SnapshotInvalid):
+            engine.snapshots.load(digest)
+    engine.snapshots.remove(digest)
+    with pytest.raises(UnknownTemplate):
+        engine.snapshots.load(digest)
+
+
+async def test_an_unreadable_record_is_left_alone_and_a_missing_one_is_cleared(engine: Engine) -> None:
+    strange, halfmade = engine.pool.vms / "vm-strange", engine.pool.vms / "vm-halfmade"
+    for directory in (strange, halfmade):
+        directory.mkdir()
+    (strange / "vm.json").write_text('{"from": "another release"}')
+    try:
+        assert await engine.adopt() == []
+        assert strange.exists()
+        assert not halfmade.exists()
+    finally:
+        shutil.rmtree(strange)
+
+
+async def test_closing_an_engine_waits_for_a_destruction_whose_asker_was_cancelled(
+    data_dir: Path, minimal: Snapshot
+) -> None:
+    async with Engine.open(data_dir) as engine:
+        vm = await engine.launch(minimal)
+        asking = asyncio.create_task(vm.destroy())
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    assert not vm.directory.exists()
+    assert not vmm_processes(engine)
+
+
+async def test_a_vm_takes_its_relays_along(engine: Engine, networked: Snapshot) -> None:
+    held: list[asyncio.StreamWriter] = []
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.append(writer)
+        await reader.read(-1)
+
+    server = await asyncio.start_server(hold, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with (
+        server,
+        engine.fork(networked, allow=[EgressRule("forge.test", 80, via=f"127.0.0.1:{port}")]) as vm,
+    ):
+        script = "import socket, time; s = socket.create_connection(('forge.test', 80)); time.sleep(60)"
+        await vm.start(["python3", "-c", script], exec_id="talk")
+        async with asyncio.timeout(30):
+            while not held:
+                await asyncio.sleep(0.05)
+        assert len(vmm_processes(engine)) == 2, "the VMM and one relay"
+        await vm.destroy()
+        assert not vmm_processes(engine)
+        for writer in held:
+            writer.close()

@@ -165,6 +165,12 @@ class QemuVm:
                 self._qmp = await Qmp.connect(address)
         return self._qmp
 
+    async def hang_up(self) -> None:
+        """Close the monitor; ``connect`` opens it again."""
+        if self._qmp is not None:
+            await self._qmp.close()
+            self._qmp = None
+
     async def save(self, directory: Path) -> Saved:
         if self._memory is None or self._state is None:
             raise VmmProtocolError(f"VM {self._place.id} is a clone: only a machine that booted can be saved")
@@ -219,9 +225,7 @@ class QemuVm:
         await self.detach()
 
     async def detach(self) -> None:
-        if self._qmp is not None:
-            await self._qmp.close()
-            self._qmp = None
+        await self.hang_up()
         for fd in (self._memory, self._state):
             if fd is not None:
                 os.close(fd)
@@ -274,6 +278,8 @@ class QemuDriver:
                 "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}]
             )
             await qmp.execute("migrate-incoming", uri=f"fd:{state_fd}")
+            # What a taken-over VMM says later is of no interest: nobody listens.
+            await vm.hang_up()
         except BaseException as error:
             await process.end()
             said = process.log_text().strip()

@@ -1,19 +1,17 @@
-"""A client of the QEMU Machine Protocol: commands in, answers and events out, everything bounded.
+"""A client of the QEMU Machine Protocol: commands in, answers out, everything bounded.
 
 Source: QEMU's qmp-spec.txt. A VMM may have been taken over by its guest, so what it sends is
-untrusted: one line is at most 1 MiB, at most 256 events are kept, every command has a deadline.
+untrusted: one line is at most 1 MiB, events are passed over, every command has a deadline.
 """
 
 import asyncio
 import json
 import socket
-from collections import deque
 from typing import Any, cast
 
 from vmm_core.errors import VmmProtocolError
 
 _LINE_LIMIT = 1 << 20
-_EVENTS_KEPT = 256
 
 Json = dict[str, Any]
 
@@ -24,7 +22,6 @@ class Qmp:
     def __init__(
         self, sock: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self.events: deque[Json] = deque(maxlen=_EVENTS_KEPT)
         self._sock = sock
         self._reader = reader
         self._writer = writer
@@ -97,18 +94,18 @@ class Qmp:
             self._fail("the connection ended")
         except (OSError, ValueError, RecursionError) as error:
             self._fail(str(error))
-            self._writer.close()
         finally:
             self._fail("closed")
+            self._writer.close()
 
     def _receive(self, message: object) -> None:
         if not isinstance(message, dict):
             raise ValueError("a message that is no object")
         answer = cast("Json", message)
-        if "event" in answer:
-            self.events.append(answer)
+        number = answer.get("id", 0)
+        if "event" in answer or not isinstance(number, int):
             return
-        future = self._pending.pop(answer.get("id", 0), None)
+        future = self._pending.pop(number, None)
         if future is None or future.done():
             return
         if "return" in answer:

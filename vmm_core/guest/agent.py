@@ -94,6 +94,8 @@ class Decoder:
                     frames.append(frame)
         if last:
             self._hold(last)
+        # A frame brings one delimiter of its own on each side; more of them carry nothing.
+        self.garbage += max(0, pieces.count(b"") - len(frames) - 1)
         return frames
 
     def _hold(self, piece: bytes) -> None:

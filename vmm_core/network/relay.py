@@ -71,7 +71,9 @@ def pump(guest: socket.socket, remote: socket.socket) -> None:
         for fd, events in wanted.items():
             if events:
                 poller.register(fd, events)
-        poller.poll()
+        poller.register(guest.fileno(), wanted[guest.fileno()])  # also to hear that its VM is gone
+        if any(fd == guest.fileno() and event & select.POLLHUP for fd, event in poller.poll()):
+            return
         for direction in directions:
             direction.move()
 

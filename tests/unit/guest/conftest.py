@@ -27,7 +27,7 @@ def anyio_backend() -> str:
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110  (another process changes it)
+        while not condition():
             await asyncio.sleep(0.01)
 
 

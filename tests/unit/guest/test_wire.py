@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm_core.guest import wire
+from vmm_core.guest import agent, wire
 
 awkward = st.lists(st.sampled_from([b"\xc0", b"\xdb", b"\xdc", b"\xdd", b"\xdb\xdc", b"x", b"\0"])).map(
     b"".join
@@ -90,3 +90,12 @@ def test_what_holds_secrets_does_not_show_them() -> None:
     request = wire.StartRequest("e", 4, ("x",), {}, None, "runner", False, None, (file,))
     assert "hunter2" not in repr(request)
     assert b'"op":"exec.start"' in msgspec.json.encode(request)
+
+
+def test_a_flood_of_bare_delimiters_is_garbage() -> None:
+    decoder = agent.Decoder()
+    frame = agent.encode(agent.DATA, 1, b"x")
+    assert len(decoder.feed(frame * 100)) == 100
+    assert decoder.garbage == 0
+    assert decoder.feed(agent.END * 1000) == []
+    assert decoder.garbage >= 998
