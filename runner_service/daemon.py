@@ -30,6 +30,7 @@ from github_webhook.rest import api_base_url
 from images.catalog import templates as baked_templates
 from runner_service import github_forge, telemetry, views
 from runner_service.api import Api, Check, Readiness
+from runner_service.client import SERVICE_FILE
 from runner_service.decide import Decider, Rules
 from runner_service.domain import Host, Ignored, Job, JobEvent, Runner, Template
 from runner_service.egress import forge_rule
@@ -48,7 +49,6 @@ from vmm_core.machine import EgressRule
 
 log = structlog.get_logger("daemon")
 
-SERVICE_FILE = "service.json"
 _ROOM_BYTES = 1 << 30
 _PREWARM_SECONDS = 60.0
 

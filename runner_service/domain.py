@@ -49,6 +49,8 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
     conclusion: str | None = None
     runner_name: str | None = None
     created_at: float | None = None
+    started_at: float | None = None
+    completed_at: float | None = None
 
     @property
     def job_id(self) -> str:

@@ -100,6 +100,8 @@ def _event(event: events.WorkflowJobEvent, row: InboxRow) -> JobEvent:
         conclusion=event.conclusion,
         runner_name=event.runner_name,
         created_at=event.created_at,
+        started_at=event.started_at,
+        completed_at=event.completed_at,
     )
 
 
@@ -145,4 +147,6 @@ def _job_event(job: github.RemoteJob, owner: str, repo: str, now: float) -> JobE
         conclusion=job.conclusion,
         runner_name=job.runner_name,
         created_at=job.created_at,
+        started_at=job.started_at,
+        completed_at=job.completed_at,
     )

@@ -130,9 +130,18 @@ def _advance(job: Job, event: JobEvent, now: float) -> Job:
         waits_for=None if JOB_RANK[state] > JOB_RANK["queued"] else job.waits_for,
         runner_name=event.runner_name or job.runner_name,
         conclusion=event.conclusion if state == "completed" else job.conclusion,
-        started_at=event.seen_at if state == "in_progress" else job.started_at,
-        completed_at=event.seen_at if state == "completed" else job.completed_at,
+        started_at=_started(job, event),
+        completed_at=(event.completed_at or event.seen_at) if state == "completed" else job.completed_at,
     )
+
+
+def _started(job: Job, event: JobEvent) -> float | None:
+    """When it began to run: the forge's own word, which for a queued job means something else, or when we saw it."""
+    if event.state == "in_progress":
+        return event.started_at or event.seen_at
+    if event.state == "completed" and event.runner_name and job.started_at is None:
+        return event.started_at
+    return job.started_at
 
 
 def _enter(books: Books, job: Job, event: JobEvent, choose: Choose, now: float) -> None:

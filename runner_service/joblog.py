@@ -3,6 +3,9 @@
 Beside ``<runner>.log`` stands ``<runner>.pos``: the file's size and both stream offsets before the piece being
 written, and which stream that piece is of. It is written first. So after SIGKILL at any moment the file's size says
 how much of the last piece arrived, and the offsets to continue from are exact: no gap, no byte twice.
+
+A full disk costs the log what did not fit, never the job. The service's log says so once; the job's own log says it
+where the gap is, if there is room again before it ends.
 """
 
 import asyncio
@@ -19,10 +22,14 @@ log = structlog.get_logger("joblog")
 _POSITION = struct.Struct("<QQQB")
 _STREAMS = ("stdout", "stderr")
 _READ = 64 << 10
+_GAP = b"\n[output is missing here: the host's disk was full]\n"
 
 
 class JobLog:
-    """The writing side. ``offsets`` are the bytes of each stream that are safely in the file (or past its cap)."""
+    """The writing side.
+
+    ``offsets`` are the bytes of each stream that are done with: in the file, past its cap, or lost to a full disk.
+    """
 
     def __init__(self, path: Path, *, limit: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -36,6 +43,7 @@ class JobLog:
         self._changed = asyncio.Event()
         self.closed = False
         self.failed = False
+        self._gap = False
 
     def append(self, piece: Output) -> bytes:
         """Write a piece of output; what of it was new is returned. Past the cap it is counted and dropped."""
@@ -48,21 +56,25 @@ class JobLog:
             return b""
         start = max(known, piece.offset)
         self.offsets[piece.stream] = start
-        self._note(_STREAMS.index(piece.stream))
+        stream = _STREAMS.index(piece.stream)
+        self._tell_gap(stream)
         room = self.limit - self.size
-        if room > 0:
+        if not self._note(stream):
+            self._gap = True
+        elif room > 0:
             self._write(data[:room])
             if len(data) > room:
                 self._write(f"\n[truncated: this log is capped at {self.limit} bytes]\n".encode())
         self.offsets[piece.stream] = start + len(data)
         if len(data) > room:
-            self._note(_STREAMS.index(piece.stream))
+            self._note(stream)
         self._wake()
         return data
 
     def close(self) -> None:
         """End of the log: followers read to its end and stop."""
         if not self.closed:
+            self._tell_gap(0)
             self.closed = True
             os.close(self._file)
             os.close(self._position)
@@ -84,17 +96,37 @@ class JobLog:
         event.set()
 
     def _write(self, data: bytes) -> None:
-        """Append; a full disk costs the log its rest, never the job."""
+        """Append; what a full disk does not take is a gap."""
+        rest = memoryview(data)
         try:
-            self.size += os.write(self._file, data)
+            while rest:
+                written = os.write(self._file, rest)
+                self.size += written
+                rest = rest[written:]
         except OSError as error:
-            if not self.failed:
-                log.warning("joblog_not_written", path=self.path.name, error=error.strerror)
-            self.failed = True
+            self._gap = True
+            self._fail(error)
 
-    def _note(self, stream: int) -> None:
-        record = _POSITION.pack(self.size, self.offsets["stdout"], self.offsets["stderr"], stream)
-        os.pwrite(self._position, record, 0)
+    def _tell_gap(self, stream: int) -> None:
+        """Say where output is missing. Noted as if it stood there already: it is none of the stream's bytes."""
+        if self._gap and self.size < self.limit and self._note(stream, len(_GAP)):
+            self._gap = False
+            self._write(_GAP)
+
+    def _note(self, stream: int, ahead: int = 0) -> bool:
+        """Write down where we are, ``ahead`` bytes on; False when the disk does not take even that."""
+        record = _POSITION.pack(self.size + ahead, self.offsets["stdout"], self.offsets["stderr"], stream)
+        try:
+            os.pwrite(self._position, record, 0)
+        except OSError as error:
+            self._fail(error)
+            return False
+        return True
+
+    def _fail(self, error: OSError) -> None:
+        if not self.failed:
+            log.warning("joblog_not_written", path=self.path.name, error=error.strerror)
+        self.failed = True
 
     def _recover(self) -> dict[str, int]:
         record = os.pread(self._position, _POSITION.size, 0)

@@ -1,7 +1,7 @@
 """What the control plane needs from its neighbours, as narrow protocols; ``daemon.py`` plugs in the real ones."""
 
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 from runner_service.domain import JobEvent, Registration, RemoteRunner, Scope, Template
 from vmm_core.machine import EgressRule, ExecResult, ForkTimings, GuestFile, Output, VmExit, VmRecord
@@ -12,7 +12,6 @@ class GuestProcess(Protocol):
 
     def output(self) -> AsyncIterator[Output]: ...
     async def wait(self, *, timeout: float | None = None) -> ExecResult: ...
-    async def kill(self, signal: int = 9) -> None: ...
 
 
 class RunnerVm(Protocol):
@@ -57,20 +56,12 @@ class Hypervisor(Protocol):
     def adopt(self) -> Awaitable[Sequence[RunnerVm]]: ...
     def records(self) -> list[VmRecord]: ...
     def destroy(self, vm_id: str) -> Awaitable[None]: ...
-    def prewarm(self, parent: str) -> Awaitable[None]: ...
 
 
 class Catalog(Protocol):
     """The templates of this host; cheap enough to be asked for every decision."""
 
     def templates(self) -> Sequence[Template]: ...
-
-
-class ForgeFailure(Protocol):
-    """The shape of a forge's error, as ``github_webhook.errors.ForgeError``."""
-
-    code: ClassVar[str]
-    retryable: bool
 
 
 class Forge(Protocol):

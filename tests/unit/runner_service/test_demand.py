@@ -156,3 +156,21 @@ def test_a_job_of_others_is_not_kept() -> None:
         scope_of=lambda e: Scope("repository", "o/r"), now=0.0,
     )  # fmt: skip
     assert outcome == "foreign" and not books.jobs
+
+
+def test_times_are_the_forges_own_where_it_tells_them() -> None:
+    import msgspec
+
+    books = Books({}, [])
+    told = {"in_progress": {"started_at": 40.0}, "completed": {"started_at": 40.0, "completed_at": 50.0}}
+    for state, at in (("queued", 10.0), ("in_progress", 45.0), ("completed", 55.0)):
+        # A queued job's started_at is the moment it was queued.
+        more = told.get(state, {"started_at": 9.0})
+        one = msgspec.structs.replace(event(1, state, "r1", at), **more)
+        apply(
+            books, one, choose=lambda labels: choose(labels, [TEMPLATE], default="python-ci"),
+            scope_of=lambda e: Scope("repository", "o/r"), now=at,
+        )  # fmt: skip
+        if state == "queued":
+            assert books.jobs["github-1"].started_at is None
+    assert books.jobs["github-1"].started_at == 40.0 and books.jobs["github-1"].completed_at == 50.0

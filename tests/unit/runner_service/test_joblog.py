@@ -1,12 +1,15 @@
 """The job log: no gap and no byte twice, whenever the writer is killed; capped; readable while it grows."""
 
 import asyncio
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner_service import joblog
 from runner_service.joblog import JobLog, JobLogs
 from vmm_core.machine import Output
 
@@ -97,6 +100,44 @@ async def test_a_log_is_capped_and_says_so_once(tmp_path: Path) -> None:
     assert again.offsets["stdout"] == 30
     append(again, b"more")
     assert (tmp_path / "r.log").read_bytes() == text
+
+
+async def test_a_full_disk_costs_the_log_a_told_gap_and_never_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = JobLog(tmp_path / "r.log", limit=1000)
+    write, pwrite, room, told = os.write, os.pwrite, [8], []
+
+    def full(fd: int, data: bytes) -> int:
+        if fd != log._file:
+            return write(fd, data)
+        if room[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(fd, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(joblog.os, "write", full)
+    monkeypatch.setattr(joblog.log, "warning", lambda *_, **more: told.append(more))
+    append(log, b"12345")
+    append(log, b"67890")
+    append(log, b"lost")
+    assert log.offsets["stdout"] == 14 and len(told) == 1
+    room[0] = 500
+    append(log, b"back", "stderr")
+    text = (tmp_path / "r.log").read_bytes()
+    assert text.startswith(b"12345678\n[output is missing") and text.endswith(b"]\nback")
+    # After a crash now, both streams go on where they were.
+    assert JobLog(tmp_path / "r.log", limit=1000).offsets == log.offsets == {"stdout": 14, "stderr": 4}
+
+    def nothing(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(joblog.os, "pwrite", nothing)
+    append(log, b"nor this")
+    monkeypatch.setattr(joblog.os, "pwrite", pwrite)
+    log.close()
+    assert (tmp_path / "r.log").read_bytes().count(b"missing here") == 2 and len(told) == 1
 
 
 async def test_a_closed_log_writes_nothing_more(tmp_path: Path) -> None:
