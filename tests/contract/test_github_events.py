@@ -54,7 +54,7 @@ async def world(tmp_path: Path, inbox: Inbox) -> AsyncIterator[ForgeWorld]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     task = asyncio.create_task(server.serve())
     async with asyncio.timeout(10):
-        while not server.started:  # noqa: ASYNC110 - it offers no event
+        while not server.started:
             await asyncio.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/webhooks/github"
     try:

@@ -76,7 +76,7 @@ async def test_the_forge_goes_away_and_comes_back_in_the_middle_of_a_job(tmp_pat
         await world.forge.pause()
         gate.touch()
         async with asyncio.timeout(10):
-            while not over.exists():  # noqa: ASYNC110
+            while not over.exists():
                 await asyncio.sleep(0.02)
         await asyncio.sleep(0.5)
         await world.forge.resume()
