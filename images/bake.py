@@ -27,7 +27,7 @@ from images.recipe import Recipe
 from images.schema import WarmStep
 from vmm_core.engine import Engine
 from vmm_core.errors import GuestError, UnknownVm, VmFailed
-from vmm_core.machine import BootImage, EgressRule, ExecResult, MachineSpec, Network, Snapshot
+from vmm_core.machine import BootImage, ExecResult, MachineSpec, Snapshot
 from vmm_core.vm import RunningVm
 
 __all__ = ["BakeEvent", "Baked", "bake"]
@@ -79,7 +79,7 @@ async def bake_machine(recipe: Recipe) -> MachineSpec:
     """The recipe's machine as its bake has it: open to what the warm steps may reach."""
     step = Step("egress", lambda _event: None)
     warm_rules, _ = await open_rules(recipe, step)
-    return _opened(recipe.machine, warm_rules)
+    return recipe.machine.opened_to(warm_rules)
 
 
 class _Bake:
@@ -139,7 +139,7 @@ class _Bake:
         image = await self._image(plan)
         with self._named("egress") as step:
             warm_rules, job_rules = await open_rules(self._recipe, step)
-        async with self._booted(image, _opened(self._recipe.machine, warm_rules), plan.inputs) as vm:
+        async with self._booted(image, self._recipe.machine.opened_to(warm_rules), plan.inputs) as vm:
             for warm in self._recipe.warm:
                 await self._warm(vm, warm)
             version = await self._runner(vm) if self._recipe.runner is not None else None
@@ -341,10 +341,6 @@ class _Bake:
                 output=error.output,
             ) from error
         self._times.append((name, time.monotonic() - started))
-
-
-def _opened(machine: MachineSpec, allow: tuple[EgressRule, ...]) -> MachineSpec:
-    return msgspec.structs.replace(machine, network=Network(mode=machine.network.mode, allow=allow))
 
 
 def _tell(line: bytes, tail: deque[str], step: Step) -> None:

@@ -26,7 +26,7 @@ import msgspec
 
 from vmm_core import accel as acceleration
 from vmm_core import memory
-from vmm_core.console import Console
+from vmm_core.console import Console, tail
 from vmm_core.disk import Pool, clone_file, open_pool
 from vmm_core.drivers.base import CONSOLE_SOCKET, DISK, MEMORY, STATE, Driver, Place, Saved, Vm
 from vmm_core.drivers.qemu import QemuDriver
@@ -195,7 +195,7 @@ class Engine:
             self._on_step("memory")
             resident = await self._resident_memory(snapshot)
             self._on_step("spawn")
-            machine = _opened(manifest.machine, rules)
+            machine = manifest.machine.opened_to(rules)
             driver_vm = await self.driver.restore(
                 place, machine, manifest.accel, resident, snapshot.path / STATE
             )
@@ -210,21 +210,15 @@ class Engine:
             )
             revived = time.perf_counter()
             self._on_step("record")
-            names = {name for name, digest in self.snapshots.names().items() if digest == manifest.digest}
             record = self._record(
                 place, driver_vm, machine, manifest.accel, ttl, metadata,
-                parent=manifest.digest, template=manifest.labels.get("template") or min(names, default=None),
+                parent=manifest.digest, template=manifest.labels.get("template") or self._name_of(manifest.digest),
             )  # fmt: skip
             capture = Console(place.directory, CONSOLE_SOCKET)
             undo.push_async_callback(capture.close)
             self._on_step("done")
             undo.pop_all()
-        timings = ForkTimings(
-            disk_ms=(cloned - started) * 1e3,
-            spawn_ms=(loaded - cloned) * 1e3,
-            revive_ms=(revived - loaded) * 1e3,
-            record_ms=(time.perf_counter() - revived) * 1e3,
-        )
+        timings = _timings(started, cloned, loaded, revived)
         return self._enroll(
             RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone)
         )
@@ -262,7 +256,7 @@ class Engine:
                 manifest = Manifest(
                     digest=digest,
                     created_at=time.time(),
-                    machine=machine if allow is None else _opened(machine, allow),
+                    machine=machine if allow is None else machine.opened_to(allow),
                     accel=vm.record.accel,
                     vmm_version=saved.vmm_version,
                     cpu_model=saved.cpu_model,
@@ -356,8 +350,6 @@ class Engine:
             try:
                 await _unless_dead(driver_vm, channel.revive(self._revive(place, None), timeout=BOOT_SECONDS))
             except (GuestError, VmDied) as error:
-                from vmm_core.console import tail  # noqa: PLC0415
-
                 raise BootFailed(
                     f"the machine did not come up: {error}\nconsole: …{tail(place.directory)}"
                 ) from error
@@ -366,12 +358,7 @@ class Engine:
             record = self._record(place, driver_vm, machine, accel, ttl, metadata, parent=None, template=None)
             self._on_step("done")
             undo.pop_all()
-        timings = ForkTimings(
-            disk_ms=(cloned - started) * 1e3,
-            spawn_ms=(spawned - cloned) * 1e3,
-            revive_ms=(revived - spawned) * 1e3,
-            record_ms=(time.perf_counter() - revived) * 1e3,
-        )
+        timings = _timings(started, cloned, spawned, revived)
         return self._enroll(
             RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone)
         )
@@ -455,6 +442,11 @@ class Engine:
             self._resident[snapshot.digest] = fd
         finally:
             del self._loading[snapshot.digest]
+
+    def _name_of(self, digest: str) -> str | None:
+        return min(
+            (name for name, meaning in self.snapshots.names().items() if meaning == digest), default=None
+        )
 
     def _revive(self, place: Place, hostname: str | None) -> Revive:
         return Revive(
@@ -586,10 +578,13 @@ def _unheard(_step: str) -> None:
     pass
 
 
-def _opened(machine: MachineSpec, rules: Sequence[EgressRule]) -> MachineSpec:
-    """The same machine, its network open to ``rules``."""
-    return msgspec.structs.replace(
-        machine, network=msgspec.structs.replace(machine.network, allow=tuple(rules))
+def _timings(started: float, cloned: float, spawned: float, revived: float) -> ForkTimings:
+    """The parts of a start that ends now, from the instants (perf_counter) between them."""
+    return ForkTimings(
+        disk_ms=(cloned - started) * 1e3,
+        spawn_ms=(spawned - cloned) * 1e3,
+        revive_ms=(revived - spawned) * 1e3,
+        record_ms=(time.perf_counter() - revived) * 1e3,
     )
 
 

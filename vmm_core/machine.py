@@ -1,5 +1,6 @@
 """The nouns of the engine: frozen values that say what a machine is, was forked from, and cost."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,12 @@ class MachineSpec(msgspec.Struct, frozen=True):
     memory_mib: int = 512
     disk_mib: int = 4096
     network: Network = Network()
+
+    def opened_to(self, rules: Iterable[EgressRule]) -> "MachineSpec":
+        """The same machine, its network open to ``rules`` and nothing else."""
+        return msgspec.structs.replace(
+            self, network=msgspec.structs.replace(self.network, allow=tuple(rules))
+        )
 
 
 class BootImage(msgspec.Struct, frozen=True):
