@@ -7,15 +7,15 @@ from typing import Literal
 import msgspec
 
 Accel = Literal["kvm", "tcg"]
-NetworkMode = Literal["none", "user"]
+NetworkMode = Literal["none", "list", "internet"]
 ExitKind = Literal["destroyed", "exited", "signaled", "expired", "vanished"]
 
 
 class EgressRule(msgspec.Struct, frozen=True):
-    """One TCP endpoint a guest may open: ``host`` is a name as the guest writes it.
+    """Endpoints a guest may open. ``host`` is a name as the guest writes it, or an address or CIDR (slots only).
 
-    ``via`` is where the host really connects for it (``name:port``), when that differs from what the
-    guest writes; ``None`` means the same endpoint.
+    ``port`` 0 means every port, for addresses only. ``via`` is where the host really connects for a name
+    (``name:port``), when that differs from what the guest writes; ``None`` means the same endpoint.
     """
 
     host: str
@@ -24,19 +24,30 @@ class EgressRule(msgspec.Struct, frozen=True):
 
 
 class Network(msgspec.Struct, frozen=True):
-    """``none``: no network card at all. ``user``: a card whose only way out is the list ``allow``."""
+    """``none``: no network card at all. ``list``: a card whose only way out is the list ``allow``.
+    ``internet``: public addresses and the host's resolvers (and ``allow``); needs network slots.
+
+    ``ipv6`` lets IPv6 out, by the same policy. ``mbit`` limits the bandwidth each way (Mbit/s; 0: no limit).
+    """
 
     mode: NetworkMode = "none"
     allow: tuple[EgressRule, ...] = ()
+    ipv6: bool = False
+    mbit: int = 0
 
 
 class MachineSpec(msgspec.Struct, frozen=True):
-    """The shape of a machine. Sizes in MiB. A fork has the shape of its parent."""
+    """The shape of a machine. Sizes in MiB. A fork has the shape of its parent.
+
+    ``disk_mbps`` (MB/s) and ``disk_iops`` limit its disk; 0: no limit. They hold for its forks as well.
+    """
 
     vcpus: int = 1
     memory_mib: int = 512
     disk_mib: int = 4096
     network: Network = Network()
+    disk_mbps: int = 0
+    disk_iops: int = 0
 
     def opened_to(self, rules: Iterable[EgressRule]) -> "MachineSpec":
         """The same machine, its network open to ``rules`` and nothing else."""

@@ -88,7 +88,7 @@ def device_args(machine: MachineSpec, accel: Accel) -> list[str]:
         "-device", "virtserialport,chardev=agent,name=agent",
         "-device", "virtio-rng-device",
     ]  # fmt: skip
-    if machine.network.mode == "user":
+    if machine.network.mode != "none":
         args += ["-device", f"virtio-net-device,netdev=net,mac={user.GUEST_MAC}"]
     return args
 

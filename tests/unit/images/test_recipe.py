@@ -54,7 +54,7 @@ def test_extends_appends_lists_and_replaces_values():
 
 def test_no_network_card_without_egress():
     assert load_recipe("minimal").machine.network.mode == "none"
-    assert load_recipe("python-ci").machine.network.mode == "user"
+    assert load_recipe("python-ci").machine.network.mode == "list"
 
 
 def test_an_unknown_key_names_line_and_the_nearest_one(write):
