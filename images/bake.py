@@ -22,7 +22,7 @@ from images import rootfs
 from images.cache import Cache
 from images.errors import BakeFailed, BuildFailed
 from images.events import BakeEvent, Step
-from images.plan import Plan, make_plan, open_rules, settle_program
+from images.plan import Plan, make_plan, open_networks, settle_program
 from images.recipe import Recipe
 from images.schema import WarmStep
 from vmm_core.engine import Engine
@@ -78,8 +78,8 @@ async def root_disk(engine: Engine, recipe: Recipe, *, progress: Callable[[BakeE
 async def bake_machine(recipe: Recipe) -> MachineSpec:
     """The recipe's machine as its bake has it: open to what the warm steps may reach."""
     step = Step("egress", lambda _event: None)
-    warm_rules, _ = await open_rules(recipe, step)
-    return recipe.machine.opened_to(warm_rules)
+    warm, _ = await open_networks(recipe, step)
+    return recipe.machine.on(warm)
 
 
 class _Bake:
@@ -138,8 +138,8 @@ class _Bake:
     async def _make(self, plan: Plan) -> Snapshot:
         image = await self._image(plan)
         with self._named("egress") as step:
-            warm_rules, job_rules = await open_rules(self._recipe, step)
-        async with self._booted(image, self._recipe.machine.opened_to(warm_rules), plan.inputs) as vm:
+            warm_network, job_network = await open_networks(self._recipe, step)
+        async with self._booted(image, self._recipe.machine.on(warm_network), plan.inputs) as vm:
             for warm in self._recipe.warm:
                 await self._warm(vm, warm)
             version = await self._runner(vm) if self._recipe.runner is not None else None
@@ -152,7 +152,7 @@ class _Bake:
                     labels=self._labels(plan, version),
                     name=self._recipe.name,
                     # Forks are open to what jobs may reach, not to what the warm steps needed.
-                    allow=job_rules,
+                    network=job_network,
                     blanks=[]
                     if version is None
                     else [f"{RUNNER_FILES}/{name}" for name in _RUNNER_FILE_NAMES],

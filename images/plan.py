@@ -16,11 +16,10 @@ from images.errors import BakeFailed, BuildFailed, RecipeError
 from images.events import Step
 from images.kernel import Kernel, get_kernel
 from images.recipe import Recipe
-from images.schema import PACKAGE_REGISTRIES, RunnerSource, TreeFile, parse_egress
+from images.schema import INTERNET, PACKAGE_REGISTRIES, WORDS, RunnerSource, TreeFile, parse_egress
 from vmm_core.engine import Engine
 from vmm_core.errors import BadRequest
-from vmm_core.machine import BootImage, EgressRule
-from vmm_core.network.user import check_rules
+from vmm_core.machine import BootImage, EgressRule, Network
 
 _TOOLS = (
     "apt-get",
@@ -63,7 +62,7 @@ async def make_plan(engine: Engine, cache: Cache, recipe: Recipe, step: Step) ->
     step("checking the recipe and this host")
     _check_host()
     files = tuple(_read_file(recipe, item) for item in recipe.files)
-    _check_egress(recipe)
+    _check_egress(engine, recipe)
     tarball, sha256 = await _runner(cache, recipe, step) if recipe.runner is not None else (None, "")
     certificates = _certificates() if recipe.ca == "host" else {}
     index = (
@@ -115,19 +114,26 @@ def settle_program() -> bytes:
     return resources.files("images").joinpath("settle.py").read_bytes()
 
 
-async def open_rules(recipe: Recipe, step: Step) -> tuple[tuple[EgressRule, ...], tuple[EgressRule, ...]]:
-    """What the warm steps may reach and what jobs may reach, ``package-registries`` looked up now."""
+async def open_networks(recipe: Recipe, step: Step) -> tuple[Network, Network]:
+    """The network of the warm steps and that of jobs, ``package-registries`` looked up now."""
     looked_up: tuple[EgressRule, ...] = ()
     if PACKAGE_REGISTRIES in (*recipe.warm_egress, *recipe.egress):
         looked_up = await registries.package_registries(step)
 
-    def rules(names: Sequence[str]) -> tuple[EgressRule, ...]:
+    def opened(names: Sequence[str]) -> Network:
         found: dict[EgressRule, None] = {}
         for name in names:
-            found |= dict.fromkeys(looked_up if name == PACKAGE_REGISTRIES else (parse_egress(name),))
-        return tuple(found)
+            if name != INTERNET:
+                found |= dict.fromkeys(looked_up if name == PACKAGE_REGISTRIES else (parse_egress(name),))
+        return _opened(recipe.machine.network, names, tuple(found))
 
-    return rules(recipe.warm_egress), rules(recipe.egress)
+    return opened(recipe.warm_egress), opened(recipe.egress)
+
+
+def _opened(card: Network, names: Sequence[str], rules: tuple[EgressRule, ...]) -> Network:
+    """The card, opened to ``rules`` and, with the word for it among ``names``, to the internet."""
+    mode = "internet" if INTERNET in names else card.mode
+    return msgspec.structs.replace(card, mode=mode, allow=rules)
 
 
 def _check_host() -> None:
@@ -145,11 +151,12 @@ def _check_host() -> None:
         )
 
 
-def _check_egress(recipe: Recipe) -> None:
+def _check_egress(engine: Engine, recipe: Recipe) -> None:
     for key in ("egress", "warm_egress"):
         named: tuple[str, ...] = getattr(recipe, key)
+        rules = tuple(parse_egress(name) for name in named if name not in WORDS)
         try:
-            check_rules([parse_egress(name) for name in named if name != PACKAGE_REGISTRIES])
+            engine.check_network(_opened(recipe.machine.network, named, rules))
         except BadRequest as error:
             raise RecipeError(str(error), file=recipe.origin[-1], key=key) from None
 

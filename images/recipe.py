@@ -33,7 +33,7 @@ _MAX_EXTENDS = 8
 class Recipe(msgspec.Struct, frozen=True):
     """A complete recipe, bases and overrides merged in. Lists keep their order, base first, nothing twice.
 
-    ``machine.network`` is ``list`` when any egress is listed; its ``allow`` is filled in at the bake, because
+    ``machine.network`` is a card when any egress is listed; what it is open to is filled in at the bake, because
     ``package-registries`` is known only then. ``page_cache`` are globs of files read before the snapshot.
     ``labels`` are GitHub labels besides those every template has.
     """
@@ -185,7 +185,13 @@ def _finish(source: Source, origin: tuple[str, ...]) -> Recipe:
             vcpus=source.machine.vcpus,
             memory_mib=parse_size(source.machine.memory),
             disk_mib=parse_size(source.machine.disk),
-            network=Network(mode="list" if online else "none"),
+            disk_mbps=source.machine.disk_mbps,
+            disk_iops=source.machine.disk_iops,
+            network=Network(
+                mode="list" if online else "none",
+                mbit=source.machine.network_mbit,
+                ipv6=source.machine.ipv6,
+            ),
         ),
         ca=source.ca,
         sudo=source.sudo,

@@ -1,6 +1,7 @@
 """What a recipe file may say, and how an error in one is put: file, line, key, and what is allowed."""
 
 import difflib
+import ipaddress
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from vmm_core.machine import EgressRule
 
 # Stands in an egress list for: the host of this machine's pip index and the hosts that serve its files.
 PACKAGE_REGISTRIES = "package-registries"
+# Stands in an egress list for: every public address, and the host's resolvers.
+INTERNET = "internet"
+WORDS = (PACKAGE_REGISTRIES, INTERNET)
 
 _UNITS = {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024, "TiB": 1024 * 1024}
 _T = TypeVar("_T")
@@ -59,6 +63,11 @@ class MachineSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vcpus: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     memory: str = "512 MiB"
     disk: str = "4 GiB"
+    # Limits of the disk and of the network each way; 0: none. IPv6 is closed unless asked for.
+    disk_mbps: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
+    disk_iops: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0
+    network_mbit: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
+    ipv6: bool = False
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,11 +116,27 @@ def parse_size(text: str) -> int:
 
 
 def parse_egress(text: str) -> EgressRule:
-    """``host:port`` as a rule. Raises ValueError that says what is allowed."""
-    found = re.fullmatch(r"([A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):(\d{1,5})", text)
-    if found is None or not 0 < int(found.group(2)) < 65536:
-        raise ValueError(f"{text!r} is not host:port, nor the word {PACKAGE_REGISTRIES}")
-    return EgressRule(host=found.group(1).lower(), port=int(found.group(2)))
+    """``host:port``, ``address:port`` or ``address/bits:port`` as a rule; an address may have ``*`` as its port
+    and, of IPv6, stands in brackets. Raises ValueError that says what is allowed."""
+    host, _, port = text.rpartition(":")
+    network = _address(host)
+    name = re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", host)
+    if network is not None and port == "*":
+        return EgressRule(host=network, port=0)
+    if (network is None and name is None) or not (port.isdecimal() and 0 < int(port[:6]) < 65536):
+        raise ValueError(
+            f"{text!r} is not host:port, address:port, address/bits:port, nor one of the words {', '.join(WORDS)}"
+        )
+    return EgressRule(host=network or host.lower(), port=int(port))
+
+
+def _address(text: str) -> str | None:
+    """An address or a network in its usual spelling; None for anything else."""
+    try:
+        network = ipaddress.ip_network(text.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return None
+    return str(network if network.num_addresses > 1 else network.network_address)
 
 
 def convert(file: RecipeFile, *, strict: bool = True) -> Source:
@@ -177,7 +202,7 @@ def check(source: Source, file: RecipeFile) -> None:
             raise file.error(f"{size} MiB is outside {smallest} MiB to {largest} MiB", place)
     for key in ("egress", "warm_egress"):
         for index, rule in enumerate(cast("list[str]", getattr(source, key))):
-            if rule != PACKAGE_REGISTRIES:
+            if rule not in WORDS:
                 _parsed(file, (key, index), parse_egress, rule)
     for index, item in enumerate(source.files):
         if (item.content is None) == (item.source is None):

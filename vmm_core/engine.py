@@ -51,6 +51,7 @@ from vmm_core.machine import (
     ForkTimings,
     MachineSpec,
     Manifest,
+    Network,
     Snapshot,
     VmRecord,
 )
@@ -183,19 +184,18 @@ class Engine:
         self._on_step("resolve")
         snapshot = parent if isinstance(parent, Snapshot) else self.snapshots.resolve(parent)
         manifest = snapshot.manifest
-        rules = tuple(manifest.machine.network.allow if allow is None else allow)
-        self._require(manifest.machine, rules, _FORK_MEMORY_MIB)
+        machine = manifest.machine.on(_opened(manifest.machine.network, allow))
+        self._require(machine, _FORK_MEMORY_MIB)
         self._require_fit(manifest)
         started = time.perf_counter()
         async with contextlib.AsyncExitStack() as undo:
-            place, lock = self._new_place(rules, undo)
+            place, lock = self._new_place(machine.network, undo)
             self._on_step("disk")
             await self._clone_disk(snapshot.path / DISK, place.directory / DISK)
             cloned = time.perf_counter()
             self._on_step("memory")
             resident = await self._resident_memory(snapshot)
             self._on_step("spawn")
-            machine = manifest.machine.opened_to(rules)
             driver_vm = await self.driver.restore(
                 place, machine, manifest.accel, resident, snapshot.path / STATE
             )
@@ -230,12 +230,12 @@ class Engine:
         digest: str,
         labels: Mapping[str, str],
         name: str | None = None,
-        allow: Sequence[EgressRule] | None = None,
+        network: Network | None = None,
         blanks: Sequence[str] = (),
     ) -> Snapshot:
         """Quiesce a booted VM, publish it as the snapshot ``digest`` and, with ``name``, let that name mean it.
 
-        Forks are open to ``allow``, or, when left out, to what the VM was. ``blanks`` are files on a tmpfs of the
+        Forks have ``network``, or, when left out, that of the VM. ``blanks`` are files on a tmpfs of the
         guest that the first command of a fork will be started with (see ``Channel.quiesce``).
         The VM is gone afterwards, also on failure. Raises PoolFull when there is no room for its memory and disk.
         """
@@ -256,7 +256,7 @@ class Engine:
                 manifest = Manifest(
                     digest=digest,
                     created_at=time.time(),
-                    machine=machine if allow is None else machine.opened_to(allow),
+                    machine=machine if network is None else machine.on(network),
                     accel=vm.record.accel,
                     vmm_version=saved.vmm_version,
                     cpu_model=saved.cpu_model,
@@ -328,11 +328,11 @@ class Engine:
         for path in (image.kernel, image.initrd, image.disk):
             if not path.is_file():
                 raise BadRequest(f"cannot boot: {path} is not a file")
-        self._require(machine, machine.network.allow, machine.memory_mib)
+        self._require(machine, machine.memory_mib)
         accel = await self.choose_accel(image)
         started = time.perf_counter()
         async with contextlib.AsyncExitStack() as undo:
-            place, lock = self._new_place(machine.network.allow, undo)
+            place, lock = self._new_place(machine.network, undo)
             self._on_step("disk")
             await self._clone_disk(image.disk, place.directory / DISK)
             _grow(place.directory / DISK, machine.disk_mib << 20)
@@ -363,11 +363,15 @@ class Engine:
             RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone)
         )
 
-    def _require(self, machine: MachineSpec, rules: Sequence[EgressRule], memory_mib: int) -> None:
-        """Refuse early, by name, what cannot work."""
-        if rules and machine.network.mode == "none":
+    def check_network(self, network: Network) -> None:
+        """Raise BadRequest, naming what is wrong, unless this host can give a VM this network."""
+        if network.allow and network.mode == "none":
             raise BadRequest("this machine has no network card, so it cannot be opened to any host")
-        user.check_rules(rules)
+        user.check(network)
+
+    def _require(self, machine: MachineSpec, memory_mib: int) -> None:
+        """Refuse early, by name, what cannot work."""
+        self.check_network(machine.network)
         self.pool.require_room()
         available = _available_memory_mib()
         if available < memory_mib + _MEMORY_RESERVE_MIB:
@@ -391,7 +395,7 @@ class Engine:
                 f"template {name} cannot be forked: {problem}; bake it again (microvm bake {name})"
             )
 
-    def _new_place(self, rules: Sequence[EgressRule], undo: contextlib.AsyncExitStack) -> tuple[Place, int]:
+    def _new_place(self, network: Network, undo: contextlib.AsyncExitStack) -> tuple[Place, int]:
         vm_id = f"vm-{uuid.uuid4().hex[:12]}"
         directory = self.pool.vms / vm_id
         self._on_step("place")
@@ -412,7 +416,7 @@ class Engine:
                     f"the disk pool {self.pool.root} is full: remove templates or end VMs"
                 ) from error
             raise
-        return Place(id=vm_id, directory=directory, allow=tuple(rules)), lock
+        return Place(id=vm_id, directory=directory, network=network), lock
 
     async def _clone_disk(self, source: Path, target: Path) -> None:
         if self.pool.kind == "copy":
@@ -455,7 +459,7 @@ class Engine:
             time_ns=time.time_ns(),
             hostname=hostname or place.id,
             machine_id=uuid.uuid4().hex,
-            hosts=user.virtual_hosts(place.allow),
+            hosts=user.virtual_hosts(place.network.allow),
         )
 
     def _record(
@@ -531,7 +535,7 @@ class Engine:
             return None
         if record.host_boot != _host_boot():
             return None  # it ended with the host; its pid is somebody else's by now
-        place = Place(id=record.id, directory=directory, allow=record.machine.network.allow)
+        place = Place(id=record.id, directory=directory, network=record.machine.network)
         driver_vm = self.driver.adopt(place, record.pid, record.start_ticks)
         if driver_vm is None:
             return None
@@ -576,6 +580,11 @@ class Engine:
 
 def _unheard(_step: str) -> None:
     pass
+
+
+def _opened(network: Network, allow: Sequence[EgressRule] | None) -> Network:
+    """A template's network, open to ``allow`` instead of its own list where one is given."""
+    return network if allow is None else msgspec.structs.replace(network, allow=tuple(allow))
 
 
 def _timings(started: float, cloned: float, spawned: float, revived: float) -> ForkTimings:

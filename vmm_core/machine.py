@@ -1,6 +1,5 @@
 """The nouns of the engine: frozen values that say what a machine is, was forked from, and cost."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -49,11 +48,9 @@ class MachineSpec(msgspec.Struct, frozen=True):
     disk_mbps: int = 0
     disk_iops: int = 0
 
-    def opened_to(self, rules: Iterable[EgressRule]) -> "MachineSpec":
-        """The same machine, its network open to ``rules`` and nothing else."""
-        return msgspec.structs.replace(
-            self, network=msgspec.structs.replace(self.network, allow=tuple(rules))
-        )
+    def on(self, network: Network) -> "MachineSpec":
+        """The same machine on another network. With or without a card it must stay."""
+        return msgspec.structs.replace(self, network=network)
 
 
 class BootImage(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from vmm_core.machine import Accel, BootImage, EgressRule, MachineSpec, VmExit
+from vmm_core.machine import Accel, BootImage, MachineSpec, Network, VmExit
 
 # The files of a snapshot, and the sockets in a VM's directory.
 DISK, MEMORY, STATE = "disk.img", "memory.img", "state.bin"
@@ -34,11 +34,11 @@ class DriverInfo(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where a VM lives: its directory (holding ``disk.img``) and what its network is open to."""
+    """Where a VM lives: its directory (holding ``disk.img``) and its network."""
 
     id: str
     directory: Path
-    allow: tuple[EgressRule, ...] = ()
+    network: Network = Network()
 
 
 class Saved(msgspec.Struct, frozen=True):

@@ -330,7 +330,7 @@ class QemuDriver:
             *("-chardev", f"socket,id=agent,fd={agent},server=on,wait=off"),
             *("-chardev", f"socket,id=console,fd={console},server=on,wait=off"),
             *("-blockdev", f"driver=raw,node-name=root,discard=unmap,file.driver=file,file.filename={DISK}"),
-            *("-sandbox", _sandbox(place.allow)),
+            *("-sandbox", _sandbox(place.network.allow)),
             *_network_args(machine, place),
             *arguments,
         ]
@@ -347,7 +347,7 @@ def _sandbox(allow: Sequence[EgressRule]) -> str:
 def _network_args(machine: MachineSpec, place: Place) -> list[str]:
     if machine.network.mode == "none":
         return []
-    return ["-netdev", user.netdev_argument(place.allow, place.directory)]
+    return ["-netdev", user.netdev_argument(place.network.allow, place.directory)]
 
 
 def kernel_command_line(accel: Accel, extra: str) -> str:

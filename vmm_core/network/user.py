@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmm_core.errors import BadRequest
-from vmm_core.machine import EgressRule
+from vmm_core.machine import EgressRule, Network
 
 GUEST_ADDRESS = "10.0.2.15"
 GUEST_MAC = "52:54:00:12:34:56"
@@ -23,6 +23,16 @@ _MAX_HOSTS = 100
 _MAX_RULES = 256
 _NAME = re.compile(r"(?=.{1,253}$)[a-zA-Z0-9_]([a-zA-Z0-9_-]{0,62})(\.[a-zA-Z0-9_-]{1,63})*")
 _RELAY = Path(__file__).with_name("relay.py")
+
+
+def check(network: Network) -> None:
+    """Raise BadRequest unless user mode can give a VM this network."""
+    if network.mode == "internet" or network.ipv6:
+        what = "IPv6" if network.ipv6 else "the whole internet"
+        raise BadRequest(
+            f"user-mode networking cannot open {what}: it needs network slots (microvm doctor says why not)"
+        )
+    check_rules(network.allow)
 
 
 def check_rules(rules: Sequence[EgressRule]) -> None:

@@ -92,7 +92,18 @@ async def test_the_word_package_registries_is_looked_up_once(monkeypatch):
 
     monkeypatch.setattr(registries, "package_registries", look_up)
     recipe = load_recipe("python-ci", overrides={"egress": "['forge.example:443', package-registries]"})
-    warm, jobs = await plan.open_rules(recipe, Step("x", lambda _: None))
-    assert warm == (EgressRule("index.example", 443),)
-    assert jobs == (EgressRule("forge.example", 443), EgressRule("index.example", 443))
+    warm, jobs = await plan.open_networks(recipe, Step("x", lambda _: None))
+    assert warm.allow == (EgressRule("index.example", 443),)
+    assert jobs.allow == (EgressRule("forge.example", 443), EgressRule("index.example", 443))
+    assert warm.mode == jobs.mode == "list"
     assert asked == [1]
+
+
+async def test_the_word_internet_opens_jobs_to_it_and_the_warm_steps_only_where_it_stands():
+    recipe = load_recipe(
+        "minimal", overrides={"egress": "[internet, '10.1.2.0/24:5432']", "machine.network_mbit": "50"}
+    )
+    warm, jobs = await plan.open_networks(recipe, Step("x", lambda _: None))
+    assert (warm.mode, warm.allow) == ("list", ())
+    assert (jobs.mode, jobs.mbit) == ("internet", 50)
+    assert [(rule.host, rule.port) for rule in jobs.allow] == [("10.1.2.0/24", 5432)]

@@ -188,3 +188,26 @@ def test_no_yaml_breaks_the_loader(tmp_path_factory, text):
 def test_no_shipped_recipe_names_a_registry():
     for path in shipped_recipes().values():
         assert "pypi" not in Path(path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("Forge.example:443", "forge.example", 443),
+        ("10.1.2.3:80", "10.1.2.3", 80),
+        ("10.1.2.0/24:*", "10.1.2.0/24", 0),
+        ("[fd00::/8]:443", "fd00::/8", 443),
+        ("[fd00::1]:*", "fd00::1", 0),
+    ],
+)
+def test_an_egress_is_a_name_or_an_address_and_a_port(text, host, port):
+    rule = parse_egress(text)
+    assert (rule.host, rule.port) == (host, port)
+
+
+@pytest.mark.parametrize(
+    "text", ["forge.example:*", "forge.example", "10.1.2.3/24:80", "10.1.2.3:65536", ":80", "a b:80"]
+)
+def test_what_is_no_egress_is_refused(text):
+    with pytest.raises(ValueError, match="is not host:port"):
+        parse_egress(text)
