@@ -8,6 +8,13 @@ import msgspec
 Accel = Literal["kvm", "tcg"]
 NetworkMode = Literal["none", "list", "internet"]
 ExitKind = Literal["destroyed", "exited", "signaled", "expired", "vanished"]
+ExitCause = Literal[
+    "destroyed", "expired",                              # because we said so
+    "guest_poweroff", "guest_reboot", "guest_panic",     # by the guest; what it prints is its own word
+    "disk_full", "out_of_memory",                        # the host had no more to give
+    "vmm_killed", "vmm_crashed", "vmm_exited",           # by a signal from elsewhere, by a fault, with a status
+    "unknown",
+]  # fmt: skip
 
 
 class EgressRule(msgspec.Struct, frozen=True):
@@ -113,26 +120,55 @@ class VmRecord(msgspec.Struct, frozen=True):
     host_boot: str = ""
 
 
+class VmEvent(msgspec.Struct, frozen=True):
+    """What the VMM said by itself, such as ``SHUTDOWN reason=guest-reset``. Untrusted text, capped. Unix seconds."""
+
+    at: float
+    name: str
+    detail: str = ""
+
+
+class VmUsage(msgspec.Struct, frozen=True):
+    """What one VM costs. Bytes of the guest memory mapping, apart from the VMM's own heap.
+
+    ``private_dirty_bytes`` are the guest's own pages, ``shared_bytes`` those it has in common with its parent.
+    ``disk_private_bytes`` are the blocks only its disk holds, ``disk_read_bytes``/``disk_write_bytes`` what its
+    VMM moved from and to storage, ``net_*`` what its network card moved as the guest sees it (0: user-mode network).
+    ``peak_bytes`` is the most memory of its own (guest and heap) that any reading found.
+    """
+
+    private_dirty_bytes: int = 0
+    shared_bytes: int = 0
+    pss_bytes: int = 0
+    vmm_private_bytes: int = 0
+    cpu_seconds: float = 0.0
+    disk_private_bytes: int = 0
+    disk_read_bytes: int = 0
+    disk_write_bytes: int = 0
+    net_sent_bytes: int = 0
+    net_received_bytes: int = 0
+    peak_bytes: int = 0
+
+
 class VmExit(msgspec.Struct, frozen=True):
-    """How a VM ended. ``code``/``signal`` are the VMM's own; ``reason`` is one sentence; ``console_tail``
-    the last lines of the serial console (hostile text: at most 4 KiB, control characters removed)."""
+    """How a VM ended. ``code``/``signal`` are the VMM's own; ``reason`` is one sentence that tells the ``cause``.
+
+    Evidence, all of it capped and without control characters, because a hostile guest or VMM wrote it:
+    ``console_tail`` (≤ 4 KiB) the last lines of the serial console, ``panic`` (≤ 4 KiB) its kernel's last words,
+    ``guest_oom`` the line by which its kernel told that it ran out of memory, ``events`` (≤ 32) what the VMM said.
+    ``usage`` is what the VM cost in all, as far as it could still be read.
+    """
 
     kind: ExitKind
     code: int | None = None
     signal: int | None = None
     reason: str = ""
     console_tail: str = ""
-
-
-class VmUsage(msgspec.Struct, frozen=True):
-    """What one VM costs right now. Bytes of the guest memory mapping, apart from the VMM's own heap."""
-
-    private_dirty_bytes: int
-    shared_bytes: int
-    pss_bytes: int
-    vmm_private_bytes: int
-    cpu_seconds: float
-    disk_private_bytes: int
+    cause: ExitCause = "unknown"
+    panic: str = ""
+    guest_oom: str = ""
+    events: tuple[VmEvent, ...] = ()
+    usage: VmUsage | None = None
 
 
 class ExecResult(msgspec.Struct, frozen=True):
