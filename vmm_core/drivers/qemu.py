@@ -316,6 +316,7 @@ class QemuDriver:
         share: bool,
     ) -> VmmProcess:
         qmp, agent, console = fds.listen(QMP_SOCKET), fds.listen(AGENT_SOCKET), fds.listen(CONSOLE_SOCKET)
+        disk = fds.open(place.directory / DISK, os.O_RDWR)
         fds.lend(memory_fd)
         backing = (
             f"size={machine.memory_mib}M,mem-path=/proc/self/fd/{memory_fd},share={'on' if share else 'off'}"
@@ -329,7 +330,7 @@ class QemuDriver:
             *("-chardev", f"socket,id=qmp,fd={qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
             *("-chardev", f"socket,id=agent,fd={agent},server=on,wait=off"),
             *("-chardev", f"socket,id=console,fd={console},server=on,wait=off"),
-            *("-blockdev", f"driver=raw,node-name=root,discard=unmap,file.driver=file,file.filename={DISK}"),
+            *_disk_args(machine, disk),
             *("-sandbox", _sandbox(place.network.allow)),
             *_network_args(machine, place),
             *arguments,
@@ -342,6 +343,22 @@ def _sandbox(allow: Sequence[EgressRule]) -> str:
     privileges: only a VM without any relay is denied that, and to start programs."""
     rights = "elevateprivileges=allow,spawn=allow" if allow else "elevateprivileges=deny,spawn=deny"
     return f"on,obsolete=deny,resourcecontrol=deny,{rights}"
+
+
+def _disk_args(machine: MachineSpec, disk: int) -> list[str]:
+    """The disk is a descriptor: a VMM in its jail has no path to it. Limits are a filter on top of it."""
+    limits = {"bps-total": machine.disk_mbps * 1_000_000, "iops-total": machine.disk_iops}
+    limited = ",".join(f"x-{name}={value}" for name, value in limits.items() if value)
+    image = "image" if limited else "root"
+    file = "file.driver=file,file.filename=/dev/fdset/1"
+    args = [
+        *("-add-fd", f"fd={disk},set=1"),
+        *("-blockdev", f"driver=raw,node-name={image},discard=unmap,{file}"),
+    ]
+    if limited:
+        args += ["-object", f"throttle-group,id=disk,{limited}"]
+        args += ["-blockdev", "driver=throttle,node-name=root,throttle-group=disk,file=image"]
+    return args
 
 
 def _network_args(machine: MachineSpec, place: Place) -> list[str]:
