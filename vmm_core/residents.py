@@ -1,0 +1,48 @@
+"""The parents whose memory is resident: sealed in RAM, shared by every fork; the least recently forked are let go."""
+
+import asyncio
+import os
+from collections import OrderedDict
+
+from vmm_core import memory
+from vmm_core.drivers.base import MEMORY
+from vmm_core.machine import Snapshot
+
+RESIDENT_PARENTS = 4
+
+
+class Residents:
+    """Sealed memory by digest. A descriptor that was let go lives on in the VMMs that map it."""
+
+    def __init__(self, bound: int = RESIDENT_PARENTS) -> None:
+        self._bound = bound
+        self._held: OrderedDict[str, int] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[None]] = {}
+
+    async def memory_of(self, snapshot: Snapshot) -> int:
+        """The sealed memory of a parent, loaded once. The descriptor stays ours: use it before the next await."""
+        digest = snapshot.digest
+        if digest not in self._held:
+            loading = self._loading.get(digest)
+            if loading is None:
+                loading = asyncio.create_task(self._load(snapshot), name=f"load-{digest[:12]}")
+                self._loading[digest] = loading
+            await asyncio.shield(loading)
+        self._held.move_to_end(digest)
+        while len(self._held) > self._bound:
+            os.close(self._held.popitem(last=False)[1])
+        return self._held[digest]
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._loading.values(), return_exceptions=True)
+        while self._held:
+            os.close(self._held.popitem()[1])
+
+    async def _load(self, snapshot: Snapshot) -> None:
+        """The task itself keeps the books: whoever waits for it may be cancelled."""
+        try:
+            size = snapshot.manifest.machine.memory_mib << 20
+            fd = await asyncio.to_thread(memory.load_sealed, snapshot.path / MEMORY, size)
+            self._held[snapshot.digest] = fd
+        finally:
+            del self._loading[snapshot.digest]
