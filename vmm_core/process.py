@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmm_core.errors import VmmMissing, VmmProtocolError
+from vmm_core.machine import VmUsage
 
 _LOG_CAP = 64 << 10
 _DEATH_SECONDS = 30.0
@@ -29,6 +30,8 @@ class VmmProcess:
         self._pidfd = pidfd
         self._log_fd = log_fd
         self._child = child
+        # What the kernel says it used in all, once it has ended; None for an adopted one.
+        self.final_usage: VmUsage | None = None
         self._ended = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().add_reader(pidfd, self._on_end)
 
@@ -132,8 +135,13 @@ class VmmProcess:
         status: int | None = None
         if self._child:
             with contextlib.suppress(ChildProcessError):
-                _, raw = os.waitpid(self.pid, os.WNOHANG)
+                _, raw, used = os.wait4(self.pid, os.WNOHANG)
                 status = os.waitstatus_to_exitcode(raw)
+                self.final_usage = VmUsage(
+                    cpu_seconds=used.ru_utime + used.ru_stime,
+                    disk_read_bytes=used.ru_inblock * 512,
+                    disk_write_bytes=used.ru_oublock * 512,
+                )
         if not self._ended.done():
             self._ended.set_result(status)
 

@@ -14,13 +14,15 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
-from vmm_core import clock, memory
+from vmm_core import clock, evidence, memory
 from vmm_core.disk import clone_file
 from vmm_core.drivers.base import (
     AGENT_SOCKET,
@@ -34,15 +36,16 @@ from vmm_core.drivers.base import (
     Saved,
     short_path,
 )
-from vmm_core.drivers.qmp import Qmp
+from vmm_core.drivers.qmp import Json, Qmp
 from vmm_core.errors import VmmError, VmmMissing, VmmProtocolError
-from vmm_core.machine import Accel, BootImage, EgressRule, MachineSpec, VmExit
+from vmm_core.machine import Accel, BootImage, EgressRule, MachineSpec, VmEvent, VmExit
 from vmm_core.network import user
 from vmm_core.process import VmmProcess
 
 BINARY = "qemu-system-x86_64"
 OLDEST = (7, 2)
 _SAVE_SECONDS = 60.0
+_LAST_WORDS_SECONDS = 0.3
 
 
 def find_qemu() -> DriverInfo:
@@ -139,6 +142,10 @@ class QemuVm:
         self._accel: Accel = accel
         self._process = process
         self._qmp: Qmp | None = None
+        self._connecting = asyncio.Lock()
+        self._events: tuple[VmEvent, ...] = ()
+        self._disk_full = False
+        self._listening: asyncio.Task[None] | None = None
         self._memory: int | None = None
         self._state: int | None = None
         self._version = ""
@@ -160,16 +167,42 @@ class QemuVm:
         self._memory, self._state, self._version = memory_fd, state_fd, version
 
     async def connect(self) -> Qmp:
-        if self._qmp is None:
-            with short_path(self._place.directory / QMP_SOCKET) as address:
-                self._qmp = await Qmp.connect(address)
-        return self._qmp
+        """The monitor, which stays open as long as the VM lives: it tells how the machine ends."""
+        async with self._connecting:  # QEMU serves one client; a second would wait for ever
+            if self._qmp is None:
+                self._qmp = await Qmp.connect(self._place.directory / QMP_SOCKET, on_event=self._heard)
+            return self._qmp
+
+    def listen(self) -> None:
+        """Open the monitor of an adopted VM, and see whether its guest was stopped while nobody listened."""
+        self._listening = asyncio.create_task(self._catch_up(), name=f"monitor-{self._place.id}")
+
+    async def _catch_up(self) -> None:
+        with contextlib.suppress(VmmProtocolError):
+            qmp = await self.connect()
+            answer = await qmp.execute("query-status")
+            if isinstance(answer, dict) and cast("Json", answer).get("status") == "io-error":
+                self._end_full()
+
+    def _heard(self, name: str, data: Json) -> None:
+        if name == "BLOCK_IO_ERROR" and data.get("nospace") is True and data.get("action") == "stop":
+            self._end_full()
+
+    def _end_full(self) -> None:
+        """The guest was stopped in the middle of a write for want of room: nobody would ever let it go on."""
+        self._disk_full = True
+        self._process.signal(signal.SIGKILL)
 
     async def hang_up(self) -> None:
         """Close the monitor; ``connect`` opens it again."""
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
+            self._listening = None
         if self._qmp is not None:
-            await self._qmp.close()
-            self._qmp = None
+            qmp, self._qmp = self._qmp, None
+            self._events = qmp.events
+            await qmp.close()
 
     async def save(self, directory: Path) -> Saved:
         if self._memory is None or self._state is None:
@@ -207,17 +240,13 @@ class QemuVm:
 
     async def wait(self) -> VmExit:
         status = await self._process.wait()
-        said = self._process.log_text().strip()[-500:]
-        if status is None:
-            return VmExit(kind="vanished", reason=f"the VMM ended. {said}".strip())
-        if status < 0:
-            return VmExit(
-                kind="signaled",
-                signal=-status,
-                reason=f"the VMM was ended by signal {-status}. {said}".strip(),
-            )
-        return VmExit(
-            kind="exited", code=status, reason=f"the VMM exited with status {status}. {said}".strip()
+        said = self._process.log_text()
+        if self._qmp is not None:
+            # Its last words may lie in the socket still.
+            await self._qmp.ended(_LAST_WORDS_SECONDS)
+        events = self._qmp.events if self._qmp is not None else self._events
+        return evidence.of_vmm(
+            status, said=said, events=events, disk_full=self._disk_full, usage=self._process.final_usage
         )
 
     async def kill(self) -> None:
@@ -259,6 +288,11 @@ class QemuDriver:
             fds.close()
         vm = QemuVm(place, machine, accel, process)
         vm.own(memory_fd, state_fd, self.info.version)
+        try:
+            await vm.connect()
+        except BaseException:
+            await vm.kill()
+            raise
         return vm
 
     async def restore(
@@ -278,8 +312,6 @@ class QemuDriver:
                 "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}]
             )
             await qmp.execute("migrate-incoming", uri=f"fd:{state_fd}")
-            # What a taken-over VMM says later is of no interest: nobody listens.
-            await vm.hang_up()
         except BaseException as error:
             await process.end()
             said = process.log_text().strip()
@@ -293,7 +325,9 @@ class QemuDriver:
         process = VmmProcess.adopt(pid, start_ticks)
         if process is None:
             return None
-        return QemuVm(place, MachineSpec(), "tcg", process)
+        vm = QemuVm(place, MachineSpec(), "tcg", process)
+        vm.listen()
+        return vm
 
     def snapshot_fits(self, machine: MachineSpec, accel: Accel, saved: Saved) -> str | None:
         if saved.argv_digest != argv_digest(machine, accel):

@@ -9,15 +9,14 @@ Every frame has to bring something on: answer a pending request or move a stream
 """
 
 import asyncio
-import os
 import secrets
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
 import msgspec
 
+from vmm_core import sockets
 from vmm_core.errors import (
     BadRequest,
     ChannelClosed,
@@ -293,37 +292,11 @@ def decode_reply(name: str, payload: bytes, reply: type[T]) -> T | GuestRefused:
 
 async def connect(path: Path, timeout: float) -> Link:
     """Connect to the agent's socket, which may appear only in a moment. Or ChannelClosed, GuestTimeout."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
-    pause = 0.001
-    while True:
-        try:
-            sock = _connect_now(path)
-        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
-            if loop.time() + pause > deadline:
-                raise GuestTimeout(f"connecting to {path.name}: {error.strerror} for {timeout:g} s") from None
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 0.05)
-            continue
-        except OSError as error:
-            raise ChannelClosed(f"connecting to {path.name}: {error.strerror}") from None
-        _, link = await loop.create_unix_connection(Link, sock=sock)
-        return link
-
-
-def _connect_now(path: Path) -> socket.socket:
-    """A socket path may be longer than the 107 bytes an address holds, so name it from its directory.
-
-    By hand, because asyncio takes EAGAIN (the server's backlog is full) for a connection in progress.
-    """
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.setblocking(False)
-        sock.connect(f"/proc/self/fd/{directory}/{path.name}")
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        os.close(directory)
-    return sock
+        sock = await sockets.connect(path, timeout=timeout)
+    except TimeoutError as error:
+        raise GuestTimeout(f"connecting to {path.name}: {error}") from None
+    except OSError as error:
+        raise ChannelClosed(f"connecting to {path.name}: {error.strerror}") from None
+    _, link = await asyncio.get_running_loop().create_unix_connection(Link, sock=sock)
+    return link
