@@ -11,13 +11,10 @@ lock in its directory. When that process dies the VM lives on, and any engine ma
 import asyncio
 import contextlib
 import errno
-import fcntl
-import functools
 import os
 import secrets
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -25,10 +22,9 @@ from typing import TypeVar
 import msgspec
 
 from vmm_core import accel as acceleration
-from vmm_core import memory
 from vmm_core.console import Console, tail
 from vmm_core.disk import Pool, clone_file, open_pool
-from vmm_core.drivers.base import CONSOLE_SOCKET, DISK, MEMORY, STATE, Driver, Place, Saved, Vm
+from vmm_core.drivers.base import CONSOLE_SOCKET, DISK, STATE, Driver, Place, Saved, Vm
 from vmm_core.drivers.qemu import QemuDriver
 from vmm_core.errors import (
     BadRequest,
@@ -49,6 +45,7 @@ from vmm_core.machine import (
     EgressRule,
     EngineInfo,
     ForkTimings,
+    Identity,
     MachineSpec,
     Manifest,
     Network,
@@ -57,13 +54,13 @@ from vmm_core.machine import (
 )
 from vmm_core.network import user
 from vmm_core.process import VmmProcess
+from vmm_core.record import host_boot, read_record, read_records, try_lock, write_record
+from vmm_core.residents import Residents
 from vmm_core.snapshot import SnapshotStore, file_sizes
 from vmm_core.vm import RunningVm, end_processes_in, remove_tree
 
-RECORD, LOCK = "vm.json", "lock"
 BOOT_SECONDS = 120.0
 REVIVE_SECONDS = 30.0
-RESIDENT_PARENTS = 4
 _MEMORY_RESERVE_MIB = 256
 _CLOSE_SECONDS = 30.0
 # What a fresh clone and its VMM need at once; what it writes later is its own affair.
@@ -86,8 +83,7 @@ class Engine:
         self._vms: dict[str, RunningVm] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._resident: OrderedDict[str, int] = OrderedDict()
-        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._residents = Residents()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -187,17 +183,32 @@ class Engine:
         machine = manifest.machine.on(_opened(manifest.machine.network, allow))
         self._require(machine, _FORK_MEMORY_MIB)
         self._require_fit(manifest)
+        identity = _new_identity(hostname)
+        return await self._launch(snapshot, machine, identity, ttl, metadata, parent=manifest.digest)
+
+    async def _launch(
+        self,
+        snapshot: Snapshot,
+        machine: MachineSpec,
+        identity: Identity,
+        ttl: float,
+        metadata: Mapping[str, str] | None,
+        *,
+        parent: str | None,
+    ) -> RunningVm:
+        """A clone of ``snapshot`` known as ``identity``, which stands on the snapshot ``parent``."""
+        manifest = snapshot.manifest
         started = time.perf_counter()
         async with contextlib.AsyncExitStack() as undo:
-            place, lock = self._new_place(machine.network, undo)
+            place, lock = self._new_place(identity.id, machine.network, undo)
             self._on_step("disk")
             await self._clone_disk(snapshot.path / DISK, place.directory / DISK)
             cloned = time.perf_counter()
             self._on_step("memory")
-            resident = await self._resident_memory(snapshot)
+            resident = await self._residents.memory_of(snapshot)
             self._on_step("spawn")
             driver_vm = await self.driver.restore(
-                place, machine, manifest.accel, resident, snapshot.path / STATE
+                place, machine, manifest.accel, resident, snapshot.path / STATE, manifest.state
             )
             undo.push_async_callback(driver_vm.kill)
             loaded = time.perf_counter()
@@ -206,13 +217,13 @@ class Engine:
             undo.push_async_callback(channel.close)
             self._on_step("revive")
             await _unless_dead(
-                driver_vm, channel.revive(self._revive(place, hostname), timeout=REVIVE_SECONDS)
+                driver_vm, channel.revive(self._revive(place, identity), timeout=REVIVE_SECONDS)
             )
             revived = time.perf_counter()
             self._on_step("record")
             record = self._record(
-                place, driver_vm, machine, manifest.accel, ttl, metadata,
-                parent=manifest.digest, template=manifest.labels.get("template") or self._name_of(manifest.digest),
+                place, identity, driver_vm, machine, manifest.accel, ttl, metadata,
+                parent=parent, template=manifest.labels.get("template") or self._name_of(manifest.digest),
             )  # fmt: skip
             capture = Console(place.directory, CONSOLE_SOCKET)
             undo.push_async_callback(capture.close)
@@ -274,7 +285,7 @@ class Engine:
     async def prewarm(self, parent: str | Snapshot) -> None:
         """Load the memory of ``parent`` now, so that its first fork does not wait for it."""
         snapshot = parent if isinstance(parent, Snapshot) else self.snapshots.resolve(parent)
-        await self._resident_memory(snapshot)
+        await self._residents.memory_of(snapshot)
 
     async def adopt(self) -> list[RunningVm]:
         """Take over every VM whose process is gone. Expired, half-made and dead ones are removed instead.
@@ -283,7 +294,7 @@ class Engine:
         """
         claims: list[tuple[Path, int]] = []
         for directory in sorted(self.pool.vms.iterdir()):
-            lock = _try_lock(directory) if directory.name not in self._vms else None
+            lock = try_lock(directory) if directory.name not in self._vms else None
             if lock is not None:
                 claims.append((directory, lock))
         adopted = await asyncio.gather(*(self._adopt_or_clear(directory, lock) for directory, lock in claims))
@@ -291,11 +302,7 @@ class Engine:
 
     def records(self) -> list[VmRecord]:
         """Every VM of the data directory, whoever owns it, oldest first."""
-        found: list[VmRecord] = []
-        for directory in self.pool.vms.iterdir():
-            with contextlib.suppress(OSError, msgspec.DecodeError):
-                found.append(msgspec.json.decode((directory / RECORD).read_bytes(), type=VmRecord))
-        return sorted(found, key=lambda record: record.created_at)
+        return read_records(self.pool.vms)
 
     def vms(self) -> list[RunningVm]:
         """The VMs this process owns."""
@@ -315,7 +322,7 @@ class Engine:
             await process.end()
             process.close()
         end_processes_in(self.pool.vms / vm_id)
-        lock = _try_lock(self.pool.vms / vm_id)
+        lock = try_lock(self.pool.vms / vm_id)
         if lock is not None:
             remove_tree(self.pool.vms / vm_id)
             os.close(lock)
@@ -331,8 +338,9 @@ class Engine:
         self._require(machine, machine.memory_mib)
         accel = await self.choose_accel(image)
         started = time.perf_counter()
+        identity = _new_identity(None)
         async with contextlib.AsyncExitStack() as undo:
-            place, lock = self._new_place(machine.network, undo)
+            place, lock = self._new_place(identity.id, machine.network, undo)
             self._on_step("disk")
             await self._clone_disk(image.disk, place.directory / DISK)
             _grow(place.directory / DISK, machine.disk_mib << 20)
@@ -348,14 +356,18 @@ class Engine:
             undo.push_async_callback(channel.close)
             self._on_step("revive")
             try:
-                await _unless_dead(driver_vm, channel.revive(self._revive(place, None), timeout=BOOT_SECONDS))
+                await _unless_dead(
+                    driver_vm, channel.revive(self._revive(place, identity), timeout=BOOT_SECONDS)
+                )
             except (GuestError, VmDied) as error:
                 raise BootFailed(
                     f"the machine did not come up: {error}\nconsole: …{tail(place.directory)}"
                 ) from error
             revived = time.perf_counter()
             self._on_step("record")
-            record = self._record(place, driver_vm, machine, accel, ttl, metadata, parent=None, template=None)
+            record = self._record(
+                place, identity, driver_vm, machine, accel, ttl, metadata, parent=None, template=None
+            )
             self._on_step("done")
             undo.pop_all()
         timings = _timings(started, cloned, spawned, revived)
@@ -383,7 +395,10 @@ class Engine:
     def misfit(self, manifest: Manifest) -> str | None:
         """Why this host cannot fork a snapshot with this manifest, in one sentence; None when it can."""
         saved = Saved(
-            argv_digest=manifest.argv_digest, cpu_model=manifest.cpu_model, vmm_version=manifest.vmm_version
+            argv_digest=manifest.argv_digest,
+            cpu_model=manifest.cpu_model,
+            vmm_version=manifest.vmm_version,
+            state=manifest.state,
         )
         return self.driver.snapshot_fits(manifest.machine, manifest.accel, saved)
 
@@ -395,15 +410,14 @@ class Engine:
                 f"template {name} cannot be forked: {problem}; bake it again (microvm bake {name})"
             )
 
-    def _new_place(self, network: Network, undo: contextlib.AsyncExitStack) -> tuple[Place, int]:
-        vm_id = f"vm-{uuid.uuid4().hex[:12]}"
+    def _new_place(self, vm_id: str, network: Network, undo: contextlib.AsyncExitStack) -> tuple[Place, int]:
         directory = self.pool.vms / vm_id
         self._on_step("place")
         draft = self.pool.staging / vm_id
         try:
             draft.mkdir(mode=0o700)
             undo.callback(remove_tree, draft)
-            lock = _try_lock(draft)
+            lock = try_lock(draft)
             if lock is None:
                 raise HostUnfit(f"{draft} was taken by another process as it was made")
             undo.callback(os.close, lock)
@@ -424,47 +438,26 @@ class Engine:
         else:
             clone_file(source, target)
 
-    async def _resident_memory(self, snapshot: Snapshot) -> int:
-        """The sealed memory of a parent, loaded once; the least recently forked parents are let go."""
-        digest = snapshot.digest
-        if digest not in self._resident:
-            loading = self._loading.get(digest)
-            if loading is None:
-                loading = asyncio.create_task(self._load(snapshot), name=f"load-{digest[:12]}")
-                self._loading[digest] = loading
-            await asyncio.shield(loading)
-        self._resident.move_to_end(digest)
-        while len(self._resident) > RESIDENT_PARENTS:
-            os.close(self._resident.popitem(last=False)[1])
-        return self._resident[digest]
-
-    async def _load(self, snapshot: Snapshot) -> None:
-        """Make a parent resident. The task itself keeps the books: whoever waits for it may be cancelled."""
-        try:
-            size = snapshot.manifest.machine.memory_mib << 20
-            fd = await asyncio.to_thread(memory.load_sealed, snapshot.path / MEMORY, size)
-            self._resident[snapshot.digest] = fd
-        finally:
-            del self._loading[snapshot.digest]
-
     def _name_of(self, digest: str) -> str | None:
         return min(
             (name for name, meaning in self.snapshots.names().items() if meaning == digest), default=None
         )
 
-    def _revive(self, place: Place, hostname: str | None) -> Revive:
+    def _revive(self, place: Place, identity: Identity) -> Revive:
         return Revive(
-            token=place.id,
+            token=identity.id,
             entropy=secrets.token_bytes(64),
             time_ns=time.time_ns(),
-            hostname=hostname or place.id,
-            machine_id=uuid.uuid4().hex,
+            hostname=identity.hostname,
+            machine_id=identity.machine_id,
+            boot_id=identity.boot_id,
             hosts=user.virtual_hosts(place.network.allow),
         )
 
     def _record(
         self,
         place: Place,
+        identity: Identity,
         driver_vm: Vm,
         machine: MachineSpec,
         accel: Accel,
@@ -475,6 +468,7 @@ class Engine:
         template: str | None,
     ) -> VmRecord:
         now = time.time()
+        tied = self.driver.fingerprint(machine, accel)
         record = VmRecord(
             id=place.id,
             pid=driver_vm.pid,
@@ -486,11 +480,15 @@ class Engine:
             created_at=now,
             expires_at=now + ttl,
             metadata=dict(metadata or {}),
-            host_boot=_host_boot(),
+            host_boot=host_boot(),
+            hostname=identity.hostname,
+            machine_id=identity.machine_id,
+            boot_id=identity.boot_id,
+            argv_digest=tied.argv_digest,
+            cpu_model=tied.cpu_model,
+            vmm_version=tied.vmm_version,
         )
-        draft = place.directory / f".{RECORD}"
-        draft.write_bytes(msgspec.json.encode(record))
-        draft.replace(place.directory / RECORD)
+        write_record(place.directory, record)
         return record
 
     # ── the VMs of this process ──────────────────────────────────────────────────────────────────
@@ -530,10 +528,10 @@ class Engine:
     async def _adopt(self, directory: Path, lock: int) -> RunningVm | None:
         """The VM in ``directory``, or None when it is dead, expired or was never finished."""
         try:
-            record = msgspec.json.decode((directory / RECORD).read_bytes(), type=VmRecord)
+            record = read_record(directory)
         except FileNotFoundError:
             return None
-        if record.host_boot != _host_boot():
+        if record.host_boot != host_boot():
             return None  # it ended with the host; its pid is somebody else's by now
         place = Place(id=record.id, directory=directory, network=record.machine.network)
         driver_vm = self.driver.adopt(place, record.pid, record.start_ticks)
@@ -569,13 +567,18 @@ class Engine:
                 await asyncio.wait({ending}, timeout=_CLOSE_SECONDS)
             else:
                 await vm.detach()
-        await asyncio.gather(*self._loading.values(), return_exceptions=True)
-        for fd in self._resident.values():
-            os.close(fd)
+        await self._residents.close()
 
     @property
     def _accel_cache(self) -> Path:
         return self.data_dir / "cache" / "accel.json"
+
+
+def _new_identity(hostname: str | None) -> Identity:
+    vm_id = f"vm-{uuid.uuid4().hex[:12]}"
+    return Identity(
+        id=vm_id, hostname=hostname or vm_id, machine_id=uuid.uuid4().hex, boot_id=str(uuid.uuid4())
+    )
 
 
 def _unheard(_step: str) -> None:
@@ -614,25 +617,6 @@ async def _unless_dead(driver_vm: Vm, answer: Awaitable[T]) -> T:
         for task in (asking, dying):
             task.cancel()
         await asyncio.gather(asking, dying, return_exceptions=True)
-
-
-def _try_lock(directory: Path) -> int | None:
-    """The lock that makes this process the owner of a VM; None when another holds it or the VM is gone."""
-    try:
-        fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
-
-
-@functools.cache
-def _host_boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _grow(disk: Path, size: int) -> None:

@@ -7,9 +7,10 @@ import msgspec
 
 Accel = Literal["kvm", "tcg"]
 NetworkMode = Literal["none", "list", "internet"]
-ExitKind = Literal["destroyed", "exited", "signaled", "expired", "vanished"]
+StateKind = Literal["migration", "devices"]
+ExitKind = Literal["destroyed", "frozen", "exited", "signaled", "expired", "vanished"]
 ExitCause = Literal[
-    "destroyed", "expired",                              # because we said so
+    "destroyed", "frozen", "expired",                    # because we said so
     "guest_poweroff", "guest_reboot", "guest_panic",     # by the guest; what it prints is its own word
     "disk_full", "out_of_memory",                        # the host had no more to give
     "vmm_killed", "vmm_crashed", "vmm_exited",           # by a signal from elsewhere, by a fault, with a status
@@ -75,6 +76,10 @@ class Manifest(msgspec.Struct, frozen=True):
     ``argv_digest`` is a SHA-256 over the device part of the VMM's command line: a clone with other
     devices would be accepted silently and be broken. ``files`` maps file name to byte size.
     ``labels`` are the publisher's own words (template name, runner version, …).
+
+    ``state``: what ``state.bin`` holds, a whole migration without the memory, or the devices alone (captured from
+    a machine that ran on). ``base``: the snapshot whose blocks its files share. ``ephemeral``: it goes when
+    nothing stands on it any more. ``checks``: SHA-256 of small files; ``seal``: SHA-256 of the manifest itself.
     """
 
     digest: str
@@ -86,6 +91,12 @@ class Manifest(msgspec.Struct, frozen=True):
     argv_digest: str
     files: dict[str, int]
     labels: dict[str, str] = {}
+    state: StateKind = "migration"
+    base: str | None = None
+    ephemeral: bool = False
+    frozen: "Frozen | None" = None
+    checks: dict[str, str] = {}
+    seal: str = ""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -99,12 +110,22 @@ class Snapshot(msgspec.Struct, frozen=True):
         return self.manifest.digest
 
 
+class Identity(msgspec.Struct, frozen=True):
+    """What a machine is known by, to its host (``id``) and within (the rest). A thaw gives it back."""
+
+    id: str
+    hostname: str
+    machine_id: str
+    boot_id: str
+
+
 class VmRecord(msgspec.Struct, frozen=True):
     """What is written down about a VM so that another process can adopt it; ``vm.json`` in its directory.
 
     ``pid`` and ``start_ticks`` (field 22 of /proc/PID/stat) name the VMM process within one boot of the host,
     which ``host_boot`` (its boot id) names.
-    Times are Unix seconds. ``metadata`` are the caller's tags.
+    Times are Unix seconds. ``metadata`` are the caller's tags. ``argv_digest``, ``cpu_model`` and ``vmm_version``
+    are what a snapshot of it will be tied to (see Manifest).
     """
 
     id: str
@@ -118,6 +139,29 @@ class VmRecord(msgspec.Struct, frozen=True):
     expires_at: float
     metadata: dict[str, str] = {}
     host_boot: str = ""
+    hostname: str = ""
+    machine_id: str = ""
+    boot_id: str = ""
+    argv_digest: str = ""
+    cpu_model: str = ""
+    vmm_version: str = ""
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.id, self.hostname, self.machine_id, self.boot_id)
+
+
+class Frozen(msgspec.Struct, frozen=True):
+    """A VM that was stopped into the snapshot ``digest``: its record, and until when (Unix seconds) it is kept."""
+
+    digest: str
+    record: VmRecord
+    frozen_at: float
+    expires_at: float
+
+    @property
+    def id(self) -> str:
+        return self.record.id
 
 
 class VmEvent(msgspec.Struct, frozen=True):

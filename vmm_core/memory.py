@@ -15,7 +15,7 @@ _CHUNK = 1 << 20
 _ZERO_CHUNK = bytes(_CHUNK)
 _ZERO = memoryview(_ZERO_CHUNK)
 
-_ALL_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+ALL_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def fresh_memory(size: int) -> int:
@@ -77,7 +77,7 @@ def load_sealed(image: Path, size: int) -> int:
             with mmap.mmap(fd, size) as mapping, memoryview(mapping) as view:
                 for start, end in data_extents(file.fileno(), size):
                     _read_into(file.fileno(), view, start, end)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _ALL_SEALS)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, ALL_SEALS)
     except BaseException:
         os.close(fd)
         raise

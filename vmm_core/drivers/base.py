@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from vmm_core.machine import Accel, BootImage, MachineSpec, Network, VmExit
+from vmm_core.machine import Accel, BootImage, MachineSpec, Network, StateKind, VmExit
 
 # The files of a snapshot, and the sockets in a VM's directory.
 DISK, MEMORY, STATE = "disk.img", "memory.img", "state.bin"
@@ -47,6 +47,7 @@ class Saved(msgspec.Struct, frozen=True):
     argv_digest: str
     cpu_model: str
     vmm_version: str
+    state: StateKind = "migration"
 
 
 class Vm(Protocol):
@@ -61,6 +62,18 @@ class Vm(Protocol):
 
     async def save(self, directory: Path) -> Saved:
         """Stop the machine for good and write ``memory.img``, ``state.bin`` and ``disk.img`` to ``directory``."""
+        ...
+
+    async def pause(self) -> None:
+        """Stop the machine for a moment; its memory, disk and devices stay as they are until ``resume``."""
+        ...
+
+    async def resume(self) -> None:
+        """Let a paused machine go on; nothing happens to one that runs."""
+        ...
+
+    async def save_devices(self, directory: Path) -> None:
+        """Write ``state.bin`` of a paused machine, its devices alone, to ``directory``. It may be resumed then."""
         ...
 
     async def wait(self) -> VmExit:
@@ -84,12 +97,18 @@ class Driver(Protocol):
         """Start a fresh machine; returns when its VMM runs, before the guest has booted."""
         ...
 
-    async def restore(self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path) -> Vm:
+    async def restore(
+        self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path, kind: StateKind
+    ) -> Vm:
         """Start a clone from the sealed memory ``memory`` (a descriptor) and the device state; it runs on by itself."""
         ...
 
     def adopt(self, place: Place, pid: int, start_ticks: int) -> Vm | None:
         """Take over a VMM that another process started; None when it has ended."""
+        ...
+
+    def fingerprint(self, machine: MachineSpec, accel: Accel) -> Saved:
+        """What a snapshot of a machine started here and now will be tied to."""
         ...
 
     def snapshot_fits(self, machine: MachineSpec, accel: Accel, saved: Saved) -> str | None:

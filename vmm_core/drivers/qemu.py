@@ -2,6 +2,7 @@
 
     boot ──► running ──► save: stop → device state → memory → disk ──► killed
     restore (sealed memory + device state) ──► running by itself as soon as the state is loaded
+    running ──pause──► paused: its memory and disk are read, save_devices ──resume──► running
 
 A clone has the device arguments of its parent to the letter (``device_args`` is a pure function of the
 machine); what may differ is what the devices are backed by: memory, disk, sockets, the network's list.
@@ -9,6 +10,7 @@ machine); what may differ is what the devices are backed by: memory, disk, socke
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -38,7 +40,7 @@ from vmm_core.drivers.base import (
 )
 from vmm_core.drivers.qmp import Json, Qmp
 from vmm_core.errors import VmmError, VmmMissing, VmmProtocolError
-from vmm_core.machine import Accel, BootImage, EgressRule, MachineSpec, VmEvent, VmExit
+from vmm_core.machine import Accel, BootImage, EgressRule, MachineSpec, StateKind, VmEvent, VmExit
 from vmm_core.network import user
 from vmm_core.process import VmmProcess
 
@@ -46,6 +48,13 @@ BINARY = "qemu-system-x86_64"
 OLDEST = (7, 2)
 _SAVE_SECONDS = 60.0
 _LAST_WORDS_SECONDS = 0.3
+_DEVICES_SECONDS = 10.0
+_STATE_CAP = 4 << 20
+# Devices alone come without the section that tells a migration's configuration.
+_STATE_ARGS: dict[StateKind, tuple[str, ...]] = {
+    "migration": (),
+    "devices": ("-global", "migration.send-configuration=off"),
+}
 
 
 def find_qemu() -> DriverInfo:
@@ -181,8 +190,11 @@ class QemuVm:
         with contextlib.suppress(VmmProtocolError):
             qmp = await self.connect()
             answer = await qmp.execute("query-status")
-            if isinstance(answer, dict) and cast("Json", answer).get("status") == "io-error":
+            status = cast("Json", answer).get("status") if isinstance(answer, dict) else None
+            if status == "io-error":
                 self._end_full()
+            elif status in ("paused", "save-vm"):
+                await qmp.execute("cont")  # its owner died while it was captured
 
     def _heard(self, name: str, data: Json) -> None:
         if name == "BLOCK_IO_ERROR" and data.get("nospace") is True and data.get("action") == "stop":
@@ -225,6 +237,44 @@ class QemuVm:
             cpu_model=cpu_model(self._accel),
             vmm_version=self._version,
         )
+
+    async def pause(self) -> None:
+        await (await self.connect()).execute("stop")
+
+    async def resume(self) -> None:
+        await (await self.connect()).execute("cont")
+
+    async def save_devices(self, directory: Path) -> None:
+        qmp = await self.connect()
+        state = os.memfd_create("microvm-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            await self._write_devices(qmp, state)
+            # Whatever the VMM still holds of it can not change it any more.
+            fcntl.fcntl(state, fcntl.F_ADD_SEALS, memory.ALL_SEALS)
+            (directory / STATE).write_bytes(os.pread(state, _STATE_CAP, 0))
+        finally:
+            os.close(state)
+
+    async def _write_devices(self, qmp: Qmp, state: int) -> None:
+        """Let the VMM write its devices' state to the memfd ``state``, and no more than _STATE_CAP of it."""
+        # QEMU opens members of a set in the very mode they have, and this command opens for writing alone.
+        writer = os.open(f"/proc/self/fd/{state}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            number = await qmp.add(writer)
+        finally:
+            os.close(writer)
+        saving = qmp.send("xen-save-devices-state", filename=f"/dev/fdset/{number}", live=False)
+        deadline = time.monotonic() + _DEVICES_SECONDS
+        while not saving.done():
+            await asyncio.wait({saving}, timeout=0.002)
+            if os.fstat(state).st_size > _STATE_CAP or time.monotonic() > deadline:
+                fcntl.fcntl(state, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+                raise VmmProtocolError(
+                    f"QEMU wrote more than {_STATE_CAP >> 20} MiB as its devices' state, or nothing in "
+                    f"{_DEVICES_SECONDS:.0f} s: destroy VM {self._place.id}, do not trust it"
+                )
+        saving.result()
+        await qmp.execute("remove-fd", fdset_id=number)
 
     async def _migrated(self, qmp: Qmp) -> None:
         deadline = time.monotonic() + _SAVE_SECONDS
@@ -296,12 +346,13 @@ class QemuDriver:
         return vm
 
     async def restore(
-        self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path
+        self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path, kind: StateKind
     ) -> QemuVm:
         fds = Descriptors(place.directory)
         try:
             state_fd = fds.open(state, os.O_RDONLY)
-            process = self._spawn(place, machine, accel, fds, memory, ["-incoming", "defer"], share=False)
+            arguments = ["-incoming", "defer", *_STATE_ARGS[kind]]
+            process = self._spawn(place, machine, accel, fds, memory, arguments, share=False)
         finally:
             fds.close()
         vm = QemuVm(place, machine, accel, process)
@@ -329,7 +380,14 @@ class QemuDriver:
         vm.listen()
         return vm
 
+    def fingerprint(self, machine: MachineSpec, accel: Accel) -> Saved:
+        return Saved(
+            argv_digest=argv_digest(machine, accel), cpu_model=cpu_model(accel), vmm_version=self.info.version
+        )
+
     def snapshot_fits(self, machine: MachineSpec, accel: Accel, saved: Saved) -> str | None:
+        if saved.state not in _STATE_ARGS:
+            return f"its device state is of a kind, {saved.state!r}, that QEMU is not given by this release"
         if saved.argv_digest != argv_digest(machine, accel):
             return "it was saved with other devices than this release gives a machine"
         if saved.vmm_version.split(".")[:2] != self.info.version.split(".")[:2]:

@@ -115,7 +115,7 @@ class Qmp(asyncio.Protocol):
     async def add(self, fd: int) -> int:
         """Hand a descriptor to QEMU, which can open it as ``/dev/fdset/N``; N is returned (``add-fd``)."""
         answer = await self._hand(fd, "add-fd", {})
-        number = answer.get("fdset-id") if isinstance(answer, dict) else None
+        number = cast("Json", answer).get("fdset-id") if isinstance(answer, dict) else None
         if not isinstance(number, int):
             raise VmmProtocolError("QEMU did not say where it put a descriptor")
         return number
