@@ -89,7 +89,8 @@ def _cause(status: int | None, events: Sequence[VmEvent], *, disk_full: bool) ->
         return _signaled(-status)
     shutdown = next((event for event in reversed(events) if event.name == "SHUTDOWN"), None)
     if shutdown is not None:
-        why = dict(word.partition("=")[::2] for word in shutdown.detail.split()).get("reason", "")
+        words = (word for word in shutdown.detail.split() if word.startswith("reason="))
+        why = next(words, "").removeprefix("reason=")
         if why in _BY_SHUTDOWN:
             return _BY_SHUTDOWN[why]
     if status is None:

@@ -11,15 +11,15 @@ import signal
 from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from pathlib import Path
 
-import msgspec
-
-from vmm_core import accounting, console
-from vmm_core.drivers.base import Vm
+from vmm_core import accounting, console, evidence
+from vmm_core.drivers.base import DISK, Vm
 from vmm_core.errors import ChannelClosed, VmDied
 from vmm_core.guest.channel import Channel, Process
 from vmm_core.machine import ExecResult, ForkTimings, GuestFile, VmExit, VmRecord, VmUsage
 
 _EXIT_GRACE = 2.0
+_LAST_WORDS_SECONDS = 0.3
+_READING_SECONDS = 0.05
 
 
 class RunningVm:
@@ -45,6 +45,8 @@ class RunningVm:
         self._lock = lock
         self._on_gone = on_gone
         self._exec_count = 0
+        self._reading: VmUsage | None = None
+        self._witness = evidence.OomWitness(record.pid)
         self._verdict: VmExit | None = None
         self._exit: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
         self._destroying: asyncio.Task[None] | None = None
@@ -122,7 +124,22 @@ class RunningVm:
         return await self.channel.get(path, max_bytes=max_bytes)
 
     async def usage(self) -> VmUsage:
-        return await asyncio.to_thread(accounting.usage, self.record.pid, self.directory / "disk.img")
+        """What it costs now. VmDied when it has ended; then ``wait`` tells what it cost in all."""
+        record, disk = self.record, self.directory / DISK
+        now = await asyncio.to_thread(accounting.usage, record.pid, disk, start_ticks=record.start_ticks)
+        self._witness.look()
+        total = self._reading = accounting.total(self._reading, now) or now
+        return total
+
+    @property
+    def last_usage(self) -> VmUsage | None:
+        """The last reading, which costs nothing; None when it was never read."""
+        return self._reading
+
+    @property
+    def ended(self) -> VmExit | None:
+        """How it ended, if it has."""
+        return self._exit.result() if self._exit.done() and not self._exit.cancelled() else None
 
     async def wait(self) -> VmExit:
         """How the VM ended, once it has: by itself, at its TTL, or because it was destroyed."""
@@ -130,14 +147,14 @@ class RunningVm:
 
     async def destroy(self) -> None:
         """End the VM and give everything back. Safe to call again, and from several tasks at once."""
-        self.end_as(VmExit(kind="destroyed", reason="destroyed by its owner"))
+        self.end_as(VmExit(kind="destroyed", cause="destroyed", reason="destroyed by its owner"))
         if self._destroying is None or (self._destroying.done() and self._destroying.exception() is not None):
             self._destroying = asyncio.create_task(self._destroy(), name=f"destroy-{self.id}")
         await asyncio.shield(self._destroying)
 
     async def expire(self) -> None:
         """Destroy it because its time to live has passed."""
-        self.end_as(VmExit(kind="expired", reason="its time to live has passed"))
+        self.end_as(VmExit(kind="expired", cause="expired", reason="its time to live has passed"))
         await self.destroy()
 
     async def detach(self) -> None:
@@ -158,11 +175,32 @@ class RunningVm:
 
     async def _watch_end(self) -> None:
         found = await self.driver_vm.wait()
-        verdict = self._verdict or found
+        await self._capture.finish(_LAST_WORDS_SECONDS)
+        verdict = self._verdict
+        oom = None
+        if verdict is None and found.cause in ("vmm_killed", "unknown"):
+            oom = await asyncio.to_thread(self._witness.testimony)
         if not self._exit.done():
-            self._exit.set_result(msgspec.structs.replace(verdict, console_tail=console.tail(self.directory)))
+            self._exit.set_result(
+                evidence.tell(
+                    found,
+                    verdict,
+                    console=console.text(self.directory),
+                    tail=console.tail(self.directory),
+                    oom=oom,
+                    usage=accounting.total(self._reading, found.usage),
+                )
+            )
+
+    async def _last_reading(self) -> None:
+        """What its memory came to is known only while it lives; its end does not wait long for that."""
+        with contextlib.suppress(VmDied, OSError, TimeoutError):
+            async with asyncio.timeout(_READING_SECONDS):
+                await self.usage()
 
     async def _destroy(self) -> None:
+        if not self._watch.done():
+            await self._last_reading()
         await self.driver_vm.kill()
         await asyncio.gather(self._watch, return_exceptions=True)
         await self._capture.close()
