@@ -4,7 +4,9 @@
     ├── HostUnfit            this machine lacks something: QEMU, rights, memory, a file system
     │   ├── VmmMissing         no usable QEMU
     │   ├── HostOutOfMemory    not enough memory for one more VM
-    │   └── PoolFull           the disk pool has no room
+    │   ├── PoolFull           the disk pool has no room
+    │   ├── SlotsUnavailable   this host can not make network slots
+    │   └── SlotsExhausted     every network slot of this host is taken
     ├── BadRequest           the caller asked for something that cannot be
     │   ├── UnknownTemplate    no template of that name or digest
     │   └── UnknownVm          no VM of that id
@@ -46,6 +48,14 @@ class HostOutOfMemory(HostUnfit):
 
 class PoolFull(HostUnfit):
     code: ClassVar[str] = "pool_full"
+
+
+class SlotsUnavailable(HostUnfit):
+    code: ClassVar[str] = "slots_unavailable"
+
+
+class SlotsExhausted(HostUnfit):
+    code: ClassVar[str] = "slots_exhausted"
 
 
 class BadRequest(VmmError):
