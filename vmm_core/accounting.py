@@ -5,6 +5,7 @@ The kernel is asked about the VMM process, never the VMM itself: that may have b
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,12 @@ from vmm_core.machine import VmUsage
 from vmm_core.memory import MEMFD_NAME
 
 _FIELDS = ("Anonymous", "Pss", "Rss", "Private_Dirty", "Private_Clean")
+# The head of a mapping (its mode and its file), or one of its sums.
+_SMAPS = re.compile(
+    rf"^[0-9a-f]+-[0-9a-f]+ (\S{{4}}) \S+ \S+ \S+ *(.*)$|^({'|'.join(_FIELDS)}): +(\d+) kB$", re.MULTILINE
+)
+_GUEST = re.compile(rf"/memfd:{MEMFD_NAME}\b")
+_SMAPS_LIMIT = 4 << 20
 _TAP = "tap"
 
 
@@ -80,23 +87,31 @@ def host_available_mib() -> int:
 
 
 def _mappings(pid: int) -> tuple[dict[str, int], dict[str, int]]:
-    """The sums of _FIELDS and of the guest's ``Private`` in bytes, for guest memory and all else of the process."""
+    """The sums of _FIELDS and of the guest's ``Private`` in bytes, for guest memory and all else of the process.
+
+    A taken-over VMM can make itself so many mappings that nobody should read them all: then only its sums are
+    read, and all of it counts as the VMM's.
+    """
+    with Path(f"/proc/{pid}/smaps").open(errors="replace") as file:
+        smaps = file.read(_SMAPS_LIMIT)
+    if len(smaps) == _SMAPS_LIMIT:
+        smaps = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return mapped(smaps)
+
+
+def mapped(smaps: str) -> tuple[dict[str, int], dict[str, int]]:
+    """The same of the text of an smaps file."""
     guest: dict[str, int] = dict.fromkeys((*_FIELDS, "Private"), 0)
     vmm: dict[str, int] = dict.fromkeys((*_FIELDS, "Private"), 0)
-    current = vmm
-    own: tuple[str, ...] = ()
-    with Path(f"/proc/{pid}/smaps").open() as lines:
-        for line in lines:
-            name, _, rest = line.partition(":")
-            if name in _FIELDS and rest.endswith(" kB\n"):
-                size = int(rest[:-3]) * 1024
-                current[name] += size
-                if name in own:
-                    current["Private"] += size
-            elif "-" in line.split(" ", 1)[0]:
-                current = guest if f"memfd:{MEMFD_NAME}" in line else vmm
-                shared = line.split(" ", 2)[1].endswith("s")
-                own = ("Private_Dirty", "Private_Clean") if shared else ("Anonymous",)
+    current, own = vmm, ()
+    for mode, path, name, size in _SMAPS.findall(smaps):
+        if mode:
+            current = guest if _GUEST.match(path) else vmm
+            own = ("Private_Dirty", "Private_Clean") if mode.endswith("s") else ("Anonymous",)
+        else:
+            current[name] += int(size) << 10
+            if name in own:
+                current["Private"] += int(size) << 10
     return guest, vmm
 
 

@@ -23,7 +23,7 @@ from vmm_core.machine import ExitCause, VmEvent, VmExit, VmUsage
 PANIC_BYTES = 4096
 _BEFORE_PANIC = 1024
 _REASON_CHARS = 300
-_PANIC = "Kernel panic - "
+_PANIC, _NOT_SYNCING = "Kernel panic - ", "not syncing: "
 _GUEST_OOM = ("Out of memory: Killed process", "Memory cgroup out of memory: Killed process",
               "Out of memory and no killable processes")  # fmt: skip
 
@@ -149,7 +149,10 @@ def tell(
     short_of_memory = guest_oom(console)
     if verdict is None and cause in ("guest_reboot", "guest_panic", "unknown") and panic:
         words = panic[panic.rfind(_PANIC) :].partition("\n")[0]
-        cause, reason = "guest_panic", f"the guest's kernel panicked: {words[len(_PANIC) :][:200]}"
+        cause, reason = (
+            "guest_panic",
+            f"the guest's kernel panicked: {words.removeprefix(_PANIC).removeprefix(_NOT_SYNCING)[:200]}",
+        )
     elif verdict is None and oom is not None and cause in ("vmm_killed", "unknown"):
         cause, reason = "out_of_memory", oom
     return msgspec.structs.replace(
