@@ -1,0 +1,205 @@
+"""The memory of a running machine, read from outside: what its VMM has of its own, and the file all else is in.
+
+A clone maps its parent's sealed memory privately, so a page it wrote is an anonymous page of its VMM, which
+/proc/PID/pagemap tells (Linux Documentation/admin-guide/mm/pagemap.rst). A machine that booted writes to its
+file itself. The VMM may have been taken over by its guest: what /proc tells of it is checked before it is used.
+"""
+
+import array
+import contextlib
+import ctypes
+import mmap
+import os
+import re
+from collections.abc import Generator
+from pathlib import Path
+
+from vmm_core.disk import data_extents
+from vmm_core.errors import VmDied, VmmProtocolError
+from vmm_core.memory import MEMFD_NAME, PAGE, Ranges, fresh_memory, read_ranges, seal
+
+_IOVECS = 1024  # IOV_MAX
+_PIECE = 64 << 20  # of at most so many in one call, below the kernel's 2 GiB
+_BATCH_BYTES = 1 << 30
+# The top byte of a pagemap entry: bit 63 present, bit 62 swapped, bit 61 a page of a file or shared memory.
+_PRIVATE = bytes(int(bool(top & 0xC0) and not top & 0x20) for top in range(256))
+_RUN = re.compile(b"\x01+")
+_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...([ps]) ([0-9a-f]+) \S+ (\d+)\s+/memfd:" + MEMFD_NAME)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
+
+
+class GuestMemory:
+    """The memory of the machine that the VMM ``pid`` runs. ``file`` is the memfd that it maps.
+
+    ``shared``: the machine writes to the file itself (it booted); else to pages of its own.
+    """
+
+    def __init__(
+        self, pid: int, size: int, file: int, areas: tuple[tuple[int, int, int], ...], shared: bool
+    ) -> None:
+        self.pid = pid
+        self.size = size
+        self.file = file
+        self.shared = shared
+        self._areas = areas  # (offset in the memory, length, address in the VMM)
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, pid: int, size: int) -> Generator["GuestMemory"]:
+        """Find it. Raises VmDied when the VMM is gone, VmmProtocolError when it maps something else than it should."""
+        try:
+            areas, inode, shared = _areas(pid, size)
+            file = _open_mapped(pid, inode, size)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise VmDied(f"the VMM {pid} ended while its memory was looked for") from error
+        except PermissionError as error:
+            raise VmmProtocolError(
+                f"the memory of the VMM {pid} cannot be read: {error.strerror}; run as root"
+            ) from error
+        try:
+            yield cls(pid, size, file, areas, shared)
+        finally:
+            os.close(file)
+
+    def changes(self) -> Ranges:
+        """What the file alone does not tell a copy made earlier: private pages, or all data of a shared file."""
+        if self.shared:
+            return data_extents(self.file, self.size)
+        found: Ranges = []
+        with Path(f"/proc/{self.pid}/pagemap").open("rb", buffering=0) as pagemap:
+            for offset, length, address in self._areas:
+                entries = os.pread(pagemap.fileno(), length // PAGE * 8, address // PAGE * 8)
+                if len(entries) != length // PAGE * 8:
+                    raise VmDied(f"the VMM {self.pid} ended while its pages were counted")
+                for run in _RUN.finditer(entries[7::8].translate(_PRIVATE)):
+                    found.append((offset + run.start() * PAGE, offset + run.end() * PAGE))
+        return found
+
+    def copy(self, ranges: Ranges, target: memoryview) -> None:
+        """Copy ``ranges`` to the same place in ``target``. Of one instant only while the machine is stopped."""
+        if self.shared:
+            for start, end in ranges:
+                while start < end:
+                    count = os.preadv(self.file, [target[start:end]], start)
+                    if count == 0:
+                        raise VmmProtocolError(
+                            f"the memory of the VMM {self.pid} was cut while it was copied"
+                        )
+                    start += count
+            return
+        base = ctypes.c_char.from_buffer(target)
+        try:
+            for batch in _batches(ranges):
+                self._read(batch, ctypes.addressof(base))
+        finally:
+            del base
+
+    def _read(self, batch: Ranges, target: int) -> None:
+        ours, theirs = array.array("Q"), array.array("Q")
+        for start, end in batch:
+            ours.extend((target + start, end - start))
+            theirs.extend((self._address(start), end - start))
+        expected = sum(end - start for start, end in batch)
+        got = _libc.process_vm_readv(
+            ctypes.c_int(self.pid),
+            ctypes.c_void_p(ours.buffer_info()[0]), ctypes.c_ulong(len(batch)),
+            ctypes.c_void_p(theirs.buffer_info()[0]), ctypes.c_ulong(len(batch)),
+            ctypes.c_ulong(0),
+        )  # fmt: skip
+        if got != expected:
+            why = os.strerror(ctypes.get_errno()) if got < 0 else f"{got} of {expected} bytes"
+            raise VmmProtocolError(f"the memory of the VMM {self.pid} cannot be read: {why}")
+
+    def _address(self, offset: int) -> int:
+        for start, length, address in self._areas:
+            if start <= offset < start + length:
+                return address + offset - start
+        raise VmmProtocolError(f"the VMM {self.pid} maps nothing at {offset:#x} of its memory")
+
+
+class Copy:
+    """A copy of a machine's memory in the making: ``before`` the pause what its file holds, ``during`` it the rest."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self.fd = fresh_memory(memory.size)
+        self._mapping = mmap.mmap(self.fd, memory.size)
+        self.ranges: Ranges = []
+
+    def before(self) -> None:
+        with memoryview(self._mapping) as view:
+            read_ranges(self._memory.file, data_extents(self._memory.file, self._memory.size), view)
+
+    def during(self) -> int:
+        """Bytes copied."""
+        self.ranges = self._memory.changes()
+        with memoryview(self._mapping) as view:
+            self._memory.copy(self.ranges, view)
+        return sum(end - start for start, end in self.ranges)
+
+    def sealed(self) -> int:
+        """The finished copy; its descriptor is the caller's."""
+        self._mapping.close()
+        seal(self.fd)
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def close(self) -> None:
+        self._mapping.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _areas(pid: int, size: int) -> tuple[tuple[tuple[int, int, int], ...], int, bool]:
+    found: list[tuple[int, int, int]] = []
+    kinds: set[tuple[int, str]] = set()
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        match = _LINE.match(line)
+        if match is not None:
+            start, end, offset = int(match[1], 16), int(match[2], 16), int(match[4], 16)
+            found.append((offset, end - start, start))
+            kinds.add((int(match[5]), match[3]))
+    found.sort()
+    whole = [0, *(offset + length for offset, length, _ in found)] == [*(at for at, _, _ in found), size]
+    if len(kinds) != 1 or not whole:
+        raise VmmProtocolError(
+            f"the VMM {pid} does not map its machine's memory once and whole: destroy that VM"
+        )
+    ((inode, kind),) = kinds
+    return tuple(found), inode, kind == "s"
+
+
+def _open_mapped(pid: int, inode: int, size: int) -> int:
+    """The mapped memfd, through a descriptor the VMM holds of it."""
+    directory = Path(f"/proc/{pid}/fd")
+    for entry in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if not str(entry.readlink()).startswith(f"/memfd:{MEMFD_NAME}"):
+                continue
+            fd = os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(fd)
+            if (status.st_ino, status.st_size) == (inode, size):
+                return fd
+            os.close(fd)
+    raise VmmProtocolError(
+        f"the VMM {pid} holds no descriptor of its machine's memory: it cannot be forked live"
+    )
+
+
+def _batches(ranges: Ranges) -> Generator[Ranges]:
+    """Ranges cut into calls: at most _IOVECS of them, of _PIECE each, and _BATCH_BYTES in all."""
+    batch: Ranges = []
+    size = 0
+    for start, end in ranges:
+        for piece in range(start, end, _PIECE):
+            stop = min(end, piece + _PIECE)
+            if len(batch) == _IOVECS or size + stop - piece > _BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+            batch.append((piece, stop))
+            size += stop - piece
+    if batch:
+        yield batch
