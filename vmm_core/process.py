@@ -38,10 +38,8 @@ class VmmProcess:
     @classmethod
     def spawn(cls, argv: Sequence[str], *, cwd: Path, pass_fds: Sequence[int]) -> "VmmProcess":
         """Start ``argv``. Raises VmmMissing when the program is not there or may not be run."""
-        log_fd = os.memfd_create("microvm-vmm-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        log_fd = new_log()
         try:
-            os.ftruncate(log_fd, _LOG_CAP)
-            fcntl.fcntl(log_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
             child = subprocess.Popen(
                 argv,
                 cwd=cwd,
@@ -88,6 +86,11 @@ class VmmProcess:
         with contextlib.suppress(OSError):
             log_fd = os.open(f"/proc/{pid}/fd/2", os.O_RDONLY | os.O_CLOEXEC)
         return cls(pid, ticks, pidfd, log_fd, child=False)
+
+    @property
+    def pidfd(self) -> int:
+        """Its pidfd, which stays ours; -1 when this is closed."""
+        return self._pidfd
 
     @property
     def running(self) -> bool:
@@ -144,6 +147,18 @@ class VmmProcess:
                 )
         if not self._ended.done():
             self._ended.set_result(status)
+
+
+def new_log() -> int:
+    """A standard error for a VMM: a memfd of 64 KiB that can neither grow nor shrink."""
+    log_fd = os.memfd_create("microvm-vmm-log", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(log_fd, _LOG_CAP)
+        fcntl.fcntl(log_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    except BaseException:
+        os.close(log_fd)
+        raise
+    return log_fd
 
 
 def start_ticks(pid: int) -> int | None:
