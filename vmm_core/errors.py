@@ -9,7 +9,8 @@
     │   └── SlotsExhausted     every network slot of this host is taken
     ├── BadRequest           the caller asked for something that cannot be
     │   ├── UnknownTemplate    no template of that name or digest
-    │   └── UnknownVm          no VM of that id
+    │   ├── UnknownVm          no VM of that id
+    │   └── SnapshotInUse      VMs or other snapshots stand on it
     ├── SnapshotInvalid      a snapshot's files do not fit its manifest or this host
     ├── VmFailed             this one VM is of no use any more
     │   ├── BootFailed         never said hello
@@ -68,6 +69,10 @@ class UnknownTemplate(BadRequest):
 
 class UnknownVm(BadRequest):
     code: ClassVar[str] = "unknown_vm"
+
+
+class SnapshotInUse(BadRequest):
+    code: ClassVar[str] = "snapshot_in_use"
 
 
 class SnapshotInvalid(VmmError):

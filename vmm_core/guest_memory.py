@@ -80,14 +80,7 @@ class GuestMemory:
     def copy(self, ranges: Ranges, target: memoryview) -> None:
         """Copy ``ranges`` to the same place in ``target``. Of one instant only while the machine is stopped."""
         if self.shared:
-            for start, end in ranges:
-                while start < end:
-                    count = os.preadv(self.file, [target[start:end]], start)
-                    if count == 0:
-                        raise VmmProtocolError(
-                            f"the memory of the VMM {self.pid} was cut while it was copied"
-                        )
-                    start += count
+            read_ranges(self.file, ranges, target)
             return
         base = ctypes.c_char.from_buffer(target)
         try:

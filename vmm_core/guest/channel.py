@@ -9,8 +9,8 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -273,6 +273,17 @@ class Channel:
             self._link.fail(error)
             raise error
         flow.acknowledge()
+
+    # -------------------------------------------------------- the pause
+
+    @asynccontextmanager
+    async def still(self) -> AsyncGenerator[None]:
+        """Within, nothing moves between host and guest: the machine's memory may be copied. It should be short."""
+        try:
+            await self._link.hold()
+            yield
+        finally:
+            self._link.release()
 
     # -------------------------------------------------------- the end
 

@@ -9,7 +9,10 @@ Every frame has to bring something on: answer a pending request or move a stream
 """
 
 import asyncio
+import fcntl
 import secrets
+import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
@@ -32,6 +35,7 @@ Receiver = Callable[[int, bytes], bool]  # (frame type, payload) → whether it 
 
 USELESS_FRAMES = 512  # a second, and at most so many at once
 USELESS_BYTES = 2 << 20
+_SETTLE_SECONDS = 0.02
 UNSENT_BYTES = 8 << 20  # a guest that reads nothing at all
 
 _ENCODER = msgspec.json.Encoder()
@@ -85,6 +89,7 @@ class Link(asyncio.Protocol):
         self._counted = (0, 0)
         self._writable = asyncio.Event()
         self._writable.set()
+        self._held: bytearray | None = None
         self.streams: dict[int, Receiver] = {}
         self.waiters: set[asyncio.Event] = set()  # set when the link is lost
         self.error: GuestError | None = None
@@ -156,17 +161,41 @@ class Link(asyncio.Protocol):
         self.check()
         if self._transport is None or self._transport.is_closing():
             raise ChannelClosed("the channel to the guest is closed")
-        if self._transport.get_write_buffer_size() > UNSENT_BYTES:
+        if self._transport.get_write_buffer_size() + len(self._held or b"") > UNSENT_BYTES:
             error = GuestProtocolError(f"the guest has not read {UNSENT_BYTES >> 20} MiB of requests")
             self.fail(error)
             raise error
-        self._transport.write(wire.encode(kind, stream, payload))
+        frame = wire.encode(kind, stream, payload)
+        if self._held is None:
+            self._transport.write(frame)
+        else:
+            self._held += frame
 
     async def drain(self) -> None:
         """Wait until the transport takes more; the caller sets the deadline."""
         if not self._writable.is_set():
             await self._writable.wait()
             self.check()
+
+    async def hold(self) -> None:
+        """Until ``release`` nothing more goes to the guest, and nothing is taken from it.
+
+        Its port is a queue in its memory that the VMM writes to even while the machine is stopped: a copy of that
+        memory is whole only while nothing moves. Returns when the VMM has read what was sent before, or soon.
+        """
+        if self._held is None and self._transport is not None:
+            self._held = bytearray()
+            self._transport.pause_reading()
+            deadline = self._loop.time() + _SETTLE_SECONDS
+            while _unread(self._transport) and self._loop.time() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+    def release(self) -> None:
+        held, self._held = self._held, None
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+            if held:
+                self._transport.write(bytes(held))
 
     # -------------------------------------------------------- requests
 
@@ -265,6 +294,18 @@ def abandon(future: asyncio.Future[T]) -> None:
     """The caller does not wait any more, and no "exception was never retrieved" shall be logged."""
     if not future.cancel() and not future.cancelled():
         future.exception()
+
+
+def _unread(transport: asyncio.Transport) -> bool:
+    """Whether something sent has not been read at the other end (SIOCOUTQ; unix(7))."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or transport.get_write_buffer_size():
+        return sock is not None
+    try:
+        answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return False
+    return int.from_bytes(answer, sys.byteorder) > 0
 
 
 def encode_request(name: str, request: wire.Message) -> bytes:
