@@ -4,9 +4,8 @@ import asyncio
 import os
 from collections import OrderedDict
 
-from vmm_core import memory
-from vmm_core.drivers.base import MEMORY
 from vmm_core.machine import Snapshot
+from vmm_core.snapshot import load_memory
 
 RESIDENT_PARENTS = 4
 
@@ -18,10 +17,13 @@ class Residents:
         self._bound = bound
         self._held: OrderedDict[str, int] = OrderedDict()
         self._loading: dict[str, asyncio.Task[None]] = {}
+        self._pinned: dict[str, int] = {}
 
     async def memory_of(self, snapshot: Snapshot) -> int:
         """The sealed memory of a parent, loaded once. The descriptor stays ours: use it before the next await."""
         digest = snapshot.digest
+        if digest in self._pinned:
+            return self._pinned[digest]
         if digest not in self._held:
             loading = self._loading.get(digest)
             if loading is None:
@@ -33,16 +35,28 @@ class Residents:
             os.close(self._held.popitem(last=False)[1])
         return self._held[digest]
 
+    def pin(self, digest: str, fd: int) -> None:
+        """Keep the sealed memory of a snapshot whose image is not on disk yet. The descriptor is ours from now on."""
+        self._pinned[digest] = fd
+
+    def unpin(self, digest: str, *, keep: bool) -> None:
+        """It may be let go: as any other parent, or at once."""
+        fd = self._pinned.pop(digest)
+        if keep and digest not in self._held:
+            self._held[digest] = fd
+        else:
+            os.close(fd)
+
     async def close(self) -> None:
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
         while self._held:
             os.close(self._held.popitem()[1])
+        while self._pinned:
+            os.close(self._pinned.popitem()[1])
 
     async def _load(self, snapshot: Snapshot) -> None:
         """The task itself keeps the books: whoever waits for it may be cancelled."""
         try:
-            size = snapshot.manifest.machine.memory_mib << 20
-            fd = await asyncio.to_thread(memory.load_sealed, snapshot.path / MEMORY, size)
-            self._held[snapshot.digest] = fd
+            self._held[snapshot.digest] = await asyncio.to_thread(load_memory, snapshot)
         finally:
             del self._loading[snapshot.digest]

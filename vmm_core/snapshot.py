@@ -1,28 +1,38 @@
 """Snapshots on disk: a directory per digest, published atomically, with names that point at them.
 
     staging/<random>/ filled ──► manifest.json written last ──► renamed to snapshots/<digest>/
+    staging/<random>/ disk and devices ──place──► snapshots/<digest>/, held ──► memory, then its manifest
     names/<name> is a symbolic link to a digest, replaced by rename
 
-What is not in ``snapshots/`` under its digest with a manifest does not exist, whatever crashed.
+What is not in ``snapshots/`` under its digest with a manifest does not exist, whatever crashed. Who uses a
+snapshot that no record tells of yet holds it: a shared lock on its directory. What VMs, other snapshots or
+holders stand on is not removed.
 """
 
 import contextlib
 import difflib
 import errno
+import fcntl
+import hashlib
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from vmm_core.disk import Pool
-from vmm_core.errors import BadRequest, SnapshotInvalid, UnknownTemplate
+from vmm_core.drivers.base import MEMORY, STATE, SUMS
+from vmm_core.errors import BadRequest, SnapshotInUse, SnapshotInvalid, UnknownTemplate
 from vmm_core.machine import Manifest, Snapshot
+from vmm_core.memory import load_sealed
+from vmm_core.record import read_records
 
 MANIFEST = "manifest.json"
+_CHECKED_BYTES = 4 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{16,64}")
 
@@ -48,8 +58,10 @@ class SnapshotStore:
         if not _DIGEST.fullmatch(manifest.digest):
             raise BadRequest(f"{manifest.digest!r} is no digest: 16 to 64 hexadecimal digits")
         target = self._pool.snapshots / manifest.digest
-        _write_durably(draft / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2))
-        _sync_directory(draft)
+        for path in draft.iterdir():
+            _sync(path)
+        _write_durably(draft / MANIFEST, _encode(_sealed(draft, manifest)))
+        _sync(draft)
         try:
             draft.rename(target)
         except OSError as error:
@@ -60,20 +72,67 @@ class SnapshotStore:
             except SnapshotInvalid:
                 self._bury(target)  # a damaged one must not stand in the way of its own replacement
                 draft.rename(target)
-        _sync_directory(target.parent)
+        _sync(target.parent)
         return self.load(manifest.digest)
+
+    def place(self, draft: Path, digest: str) -> tuple[Path, int]:
+        """Give a draft its place before it is whole: unseen until ``complete``. Held by the descriptor returned."""
+        fd = _lock(draft, fcntl.LOCK_SH)
+        if fd is None:
+            raise BadRequest(f"{draft} is held by another process")
+        target = self._pool.snapshots / digest
+        try:
+            draft.rename(target)
+        except BaseException:
+            os.close(fd)
+            raise
+        return target, fd
+
+    def complete(self, manifest: Manifest) -> Snapshot:
+        """From now on what was placed under this digest exists."""
+        target = self._pool.snapshots / manifest.digest
+        for path in target.iterdir():
+            _sync(path)
+        self._rewrite(target, manifest)
+        _sync(target.parent)
+        return self.load(manifest.digest)
+
+    def _rewrite(self, target: Path, manifest: Manifest) -> None:
+        draft = (
+            self._pool.staging / f"removed-{uuid.uuid4().hex[:8]}"
+        )  # rubbish, should we die before the rename
+        draft.mkdir()
+        try:
+            _write_durably(draft / MANIFEST, _encode(_sealed(target, manifest)))
+            (draft / MANIFEST).replace(target / MANIFEST)
+            _sync(target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def hold(self, digest: str, *, alone: bool = False) -> int | None:
+        """Keep a snapshot from being removed until the descriptor is closed. None: it is being removed, or gone.
+
+        ``alone``: nobody else may hold it either.
+        """
+        return _lock(self._pool.snapshots / digest, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
 
     def load(self, digest: str) -> Snapshot:
         """The snapshot of exactly this digest. UnknownTemplate, or SnapshotInvalid when files are missing or cut."""
         path = self._pool.snapshots / digest
         try:
-            manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
+            words = (path / MANIFEST).read_bytes()
+            manifest = msgspec.json.decode(words, type=Manifest)
         except FileNotFoundError:
             raise UnknownTemplate(f"there is no template {digest}: see microvm templates") from None
         except msgspec.DecodeError as error:
             raise SnapshotInvalid(
                 f"the manifest of {path} cannot be read ({error}): bake the template again"
             ) from error
+        if manifest.digest != digest or (manifest.seal and manifest.seal != _seal(words)):
+            raise SnapshotInvalid(
+                f"the manifest of {path} is not the one that was written for digest {digest[:12]}: "
+                "remove it, and bake the template again"
+            )
         for name, size in manifest.files.items():
             try:
                 actual = (path / name).stat().st_size
@@ -126,6 +185,24 @@ class SnapshotStore:
         draft.symlink_to(Path("..") / "snapshots" / digest)
         draft.replace(self._pool.names / name)
 
+    def frozen(self) -> list[Snapshot]:
+        """Every VM that was stopped into a snapshot, oldest first."""
+        found = [snapshot for snapshot in self.list() if snapshot.manifest.frozen is not None]
+        return found[::-1]
+
+    def users(self, digest: str) -> list[str]:
+        """What stands on a snapshot: VMs by their records, frozen VMs and other snapshots by their manifests."""
+        found = [f"VM {record.id}" for record in read_records(self._pool.vms) if record.parent == digest]
+        for snapshot in self.list():
+            manifest = snapshot.manifest
+            if manifest.base == digest:
+                found.append(
+                    f"snapshot {manifest.digest[:12]}"
+                    if manifest.frozen is None
+                    else f"frozen VM {manifest.frozen.id}"
+                )
+        return found
+
     def list(self) -> list[Snapshot]:
         """Every readable snapshot, newest first."""
         found: list[Snapshot] = []
@@ -135,14 +212,46 @@ class SnapshotStore:
         return sorted(found, key=lambda snapshot: snapshot.manifest.created_at, reverse=True)
 
     def remove(self, digest: str) -> None:
-        """Delete a snapshot and its names. Forks under way keep what they have open."""
+        """Delete a snapshot and its names. Forks under way keep what they have open.
+
+        Raises UnknownTemplate when there is none, SnapshotInUse, naming them, when VMs or snapshots stand on it.
+        """
         target = self._pool.snapshots / digest
         if not (_DIGEST.fullmatch(digest) and target.is_dir()):
             raise UnknownTemplate(f"there is no template {digest}: see microvm templates")
-        for name, meaning in self.names().items():
-            if meaning == digest:
-                (self._pool.names / name).unlink(missing_ok=True)
-        self._bury(target)
+        held = self.hold(digest, alone=True)
+        users = self.users(digest) if held is not None else ["a fork that is under way"]
+        try:
+            if users:
+                shown = ", ".join(users[:5]) + (f" and {len(users) - 5} more" if len(users) > 5 else "")
+                raise SnapshotInUse(
+                    f"snapshot {digest[:12]} cannot be removed: {shown} stand on it; end them first "
+                    "(microvm kill), or wait for them"
+                )
+            for name, meaning in self.names().items():
+                if meaning == digest:
+                    (self._pool.names / name).unlink(missing_ok=True)
+            self._bury(target)
+        finally:
+            if held is not None:
+                os.close(held)
+
+    def retire(self, snapshot: Snapshot) -> None:
+        """Nobody shall thaw it any more. It goes now, or with the last VM or snapshot that stands on it."""
+        manifest = msgspec.structs.replace(snapshot.manifest, frozen=None, ephemeral=True)
+        self._rewrite(snapshot.path, manifest)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove ephemeral snapshots that nothing stands on any more, and their own bases with them."""
+        found = True
+        while found:
+            found = False
+            for snapshot in self.list():
+                if snapshot.manifest.ephemeral:
+                    with contextlib.suppress(SnapshotInUse, UnknownTemplate):
+                        self.remove(snapshot.digest)
+                        found = True
 
     def sweep(self) -> None:
         """Remove what killed processes left half-made or half-removed."""
@@ -150,6 +259,11 @@ class SnapshotStore:
             maker = re.fullmatch(r"snapshot-(\d+)-[0-9a-f]{8}", path.name)
             if path.name.startswith("removed-") or (maker and not Path(f"/proc/{maker[1]}").exists()):
                 shutil.rmtree(path, ignore_errors=True)
+        for path in self._pool.snapshots.iterdir():
+            if not (path / MANIFEST).exists() and (held := _lock(path, fcntl.LOCK_EX)) is not None:
+                self._bury(path)  # placed, and never completed
+                os.close(held)
+        self.tidy()
 
     def _bury(self, target: Path) -> None:
         # Out of sight first: a removal that is cut short leaves rubbish in staging, never half a snapshot.
@@ -158,8 +272,62 @@ class SnapshotStore:
         shutil.rmtree(grave, ignore_errors=True)
 
 
+def load_memory(snapshot: Snapshot) -> int:
+    """The sealed memory of a snapshot whose files are what was saved. Blocking: it reads all of it.
+
+    Raises SnapshotInvalid, naming the file that is not.
+    """
+    manifest = snapshot.manifest
+    for name, expected in manifest.checks.items():
+        if _check(snapshot.path / name) != expected:
+            raise SnapshotInvalid(
+                f"{name} of snapshot {manifest.digest[:12]} is not what was saved: remove it, bake the template again"
+            )
+    sums = (snapshot.path / SUMS).read_bytes() if SUMS in manifest.checks else None
+    return load_sealed(snapshot.path / MEMORY, manifest.machine.memory_mib << 20, sums)
+
+
 def file_sizes(directory: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != MANIFEST}
+
+
+def _sealed(directory: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the digests of the small files beside it and one of its own."""
+    small = [name for name in (STATE, SUMS) if manifest.files.get(name, _CHECKED_BYTES + 1) <= _CHECKED_BYTES]
+    checks = {name: _check(directory / name) for name in small}
+    manifest = msgspec.structs.replace(manifest, checks=checks)
+    return msgspec.structs.replace(manifest, seal=_seal(msgspec.json.encode(manifest)))
+
+
+def _seal(words: bytes) -> str:
+    """Over what is written, not over what this release understands of it."""
+    facts = msgspec.json.decode(words, type=dict[str, Any])
+    facts.pop("seal", None)
+    return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()
+
+
+def _check(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _encode(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+
+
+def _lock(directory: Path, kind: int) -> int | None:
+    """A lock on a directory that is still there once it is ours; None when it is not, or another has it."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        if directory.stat().st_ino == os.fstat(fd).st_ino:
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)
+    return None
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -169,8 +337,8 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

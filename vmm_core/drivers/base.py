@@ -11,7 +11,7 @@ import msgspec
 from vmm_core.machine import Accel, BootImage, MachineSpec, Network, StateKind, VmExit
 
 # The files of a snapshot, and the sockets in a VM's directory.
-DISK, MEMORY, STATE = "disk.img", "memory.img", "state.bin"
+DISK, MEMORY, STATE, SUMS = "disk.img", "memory.img", "state.bin", "memory.sums"
 AGENT_SOCKET, QMP_SOCKET, CONSOLE_SOCKET = "agent.sock", "qmp.sock", "console.sock"
 
 
@@ -34,11 +34,12 @@ class DriverInfo(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where a VM lives: its directory (holding ``disk.img``) and its network."""
+    """Where a VM lives: its directory (holding ``disk.img``), its network, and until when (Unix seconds)."""
 
     id: str
     directory: Path
     network: Network = Network()
+    expires_at: float = 0.0
 
 
 class Saved(msgspec.Struct, frozen=True):

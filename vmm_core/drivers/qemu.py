@@ -33,6 +33,7 @@ from vmm_core.drivers.base import (
     MEMORY,
     QMP_SOCKET,
     STATE,
+    SUMS,
     DriverInfo,
     Place,
     Saved,
@@ -110,7 +111,7 @@ def argv_digest(machine: MachineSpec, accel: Accel) -> str:
 
 
 class Descriptors:
-    """The descriptors a VMM inherits: three listening sockets in its directory, its memory, its device state."""
+    """The descriptors a VMM is started with; each is told as the number it has there: 3 and up, in this order."""
 
     def __init__(self, directory: Path) -> None:
         self._stack = contextlib.ExitStack()
@@ -136,7 +137,7 @@ class Descriptors:
 
     def _keep(self, fd: int) -> int:
         self.all.append(fd)
-        return fd
+        return 2 + len(self.all)
 
     def close(self) -> None:
         self._stack.close()
@@ -229,6 +230,8 @@ class QemuVm:
         await self._migrated(qmp)
         # Same pause: memory, device state and disk belong to one instant.
         await asyncio.to_thread(memory.save_sparse, self._memory, directory / MEMORY)
+        sums = await asyncio.to_thread(memory.sums_of, self._memory, self._machine.memory_mib << 20)
+        (directory / SUMS).write_bytes(sums)
         await asyncio.to_thread(clone_file, self._place.directory / STATE, directory / STATE)
         await asyncio.to_thread(clone_file, self._place.directory / DISK, directory / DISK)
         await self.kill()
@@ -318,17 +321,20 @@ class QemuDriver:
     def __init__(self, info: DriverInfo | None = None) -> None:
         self.info = info or find_qemu()
 
-    async def boot(self, place: Place, machine: MachineSpec, image: BootImage, accel: Accel) -> QemuVm:
+    async def boot(
+        self, place: Place, berth: Berth, machine: MachineSpec, image: BootImage, accel: Accel
+    ) -> QemuVm:
         fds = Descriptors(place.directory)
         memory_fd = memory.fresh_memory(machine.memory_mib << 20)
         state_fd = -1
         try:
             state_fd = os.open(place.directory / STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            kernel, initrd = (fds.open(path, os.O_RDONLY) for path in (image.kernel, image.initrd))
             arguments = [
-                *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
+                *("-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initrd}"),
                 *("-append", kernel_command_line(accel, image.cmdline)),
             ]
-            process = self._spawn(place, machine, accel, fds, memory_fd, arguments, share=True)
+            process = await self._spawn(place, berth, machine, accel, fds, memory_fd, arguments, share=True)
         except BaseException:
             os.close(memory_fd)
             if state_fd >= 0:
@@ -346,13 +352,20 @@ class QemuDriver:
         return vm
 
     async def restore(
-        self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path, kind: StateKind
+        self,
+        place: Place,
+        berth: Berth,
+        machine: MachineSpec,
+        accel: Accel,
+        memory: int,
+        state: Path,
+        kind: StateKind,
     ) -> QemuVm:
         fds = Descriptors(place.directory)
         try:
             state_fd = fds.open(state, os.O_RDONLY)
             arguments = ["-incoming", "defer", *_STATE_ARGS[kind]]
-            process = self._spawn(place, machine, accel, fds, memory, arguments, share=False)
+            process = await self._spawn(place, berth, machine, accel, fds, memory, arguments, share=False)
         finally:
             fds.close()
         vm = QemuVm(place, machine, accel, process)
@@ -396,9 +409,10 @@ class QemuDriver:
             return f"it was saved on CPU {saved.cpu_model!r} and this host has {cpu_model(accel)!r}"
         return None
 
-    def _spawn(
+    async def _spawn(
         self,
         place: Place,
+        berth: Berth,
         machine: MachineSpec,
         accel: Accel,
         fds: Descriptors,
@@ -409,9 +423,9 @@ class QemuDriver:
     ) -> VmmProcess:
         qmp, agent, console = fds.listen(QMP_SOCKET), fds.listen(AGENT_SOCKET), fds.listen(CONSOLE_SOCKET)
         disk = fds.open(place.directory / DISK, os.O_RDWR)
-        fds.lend(memory_fd)
+        memory_at = fds.lend(memory_fd)
         backing = (
-            f"size={machine.memory_mib}M,mem-path=/proc/self/fd/{memory_fd},share={'on' if share else 'off'}"
+            f"size={machine.memory_mib}M,mem-path=/proc/self/fd/{memory_at},share={'on' if share else 'off'}"
         )
         argv = [
             self.info.binary,
@@ -423,17 +437,17 @@ class QemuDriver:
             *("-chardev", f"socket,id=agent,fd={agent},server=on,wait=off"),
             *("-chardev", f"socket,id=console,fd={console},server=on,wait=off"),
             *_disk_args(machine, disk),
-            *("-sandbox", _sandbox(place.network.allow)),
-            *_network_args(machine, place),
+            *("-sandbox", _sandbox(relays=berth.tap is None and bool(place.network.allow))),
+            *_network_args(machine, place, None if berth.tap is None else fds.lend(berth.tap)),
             *arguments,
         ]
-        return VmmProcess.spawn(argv, cwd=place.directory, pass_fds=fds.all)
+        return await berth.cell.run(argv, fds=fds.all, deadline=place.expires_at, cwd=place.directory)
 
 
-def _sandbox(allow: Sequence[EgressRule]) -> str:
+def _sandbox(*, relays: bool) -> str:
     """QEMU's seccomp filter. A relay is a child of QEMU that calls setsid, which counts as raising
     privileges: only a VM without any relay is denied that, and to start programs."""
-    rights = "elevateprivileges=allow,spawn=allow" if allow else "elevateprivileges=deny,spawn=deny"
+    rights = "elevateprivileges=allow,spawn=allow" if relays else "elevateprivileges=deny,spawn=deny"
     return f"on,obsolete=deny,resourcecontrol=deny,{rights}"
 
 
@@ -453,9 +467,11 @@ def _disk_args(machine: MachineSpec, disk: int) -> list[str]:
     return args
 
 
-def _network_args(machine: MachineSpec, place: Place) -> list[str]:
+def _network_args(machine: MachineSpec, place: Place, tap: int | None) -> list[str]:
     if machine.network.mode == "none":
         return []
+    if tap is not None:
+        return ["-netdev", f"tap,id=net,fd={tap},vhost=off"]
     return ["-netdev", user.netdev_argument(place.network.allow, place.directory)]
 
 
