@@ -33,7 +33,7 @@ def usage(pid: int, disk: Path, *, start_ticks: int | None = None) -> VmUsage:
     booted has its memory to itself, though it is mapped as shared. ``start_ticks`` guards against a reused pid.
     """
     try:
-        guest, vmm = _mappings(pid)
+        guest, vmm = mappings(pid)
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks = os.sysconf("SC_CLK_TCK")
         cpu_seconds = (int(stat[11]) + int(stat[12])) / ticks
@@ -86,7 +86,7 @@ def host_available_mib() -> int:
     return 0
 
 
-def _mappings(pid: int) -> tuple[dict[str, int], dict[str, int]]:
+def mappings(pid: int) -> tuple[dict[str, int], dict[str, int]]:
     """The sums of _FIELDS and of the guest's ``Private`` in bytes, for guest memory and all else of the process.
 
     A taken-over VMM can make itself so many mappings that nobody should read them all: then only its sums are

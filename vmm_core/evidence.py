@@ -102,8 +102,8 @@ def _cause(status: int | None, events: Sequence[VmEvent], *, disk_full: bool) ->
 
 def _signaled(number: int) -> tuple[ExitCause, str]:
     fault = next((what for fault, what in _FAULTS.items() if fault == number), None)
-    name = signal.Signals(number).name if number in signal.valid_signals() else ""
-    shown = f"signal {number}" + (f" ({name})" if name and not number > signal.SIGSYS else "")
+    name = next((known.name for known in signal.Signals if known == number), None)
+    shown = f"signal {number}" if name is None else f"signal {number} ({name})"
     if fault is not None:
         return "vmm_crashed", f"the VMM crashed with {shown}: {fault}"
     return "vmm_killed", f"the VMM was killed by {shown}, not sent by this engine"
@@ -182,7 +182,7 @@ class OomWitness:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._since = time.monotonic()
-        self._sources = _sources(pid)
+        self._sources = oom_counters(pid)
         self._counts: dict[Path, int] = {}
         self.look()
 
@@ -203,7 +203,7 @@ class OomWitness:
         return None
 
 
-def _sources(pid: int) -> list[Path]:
+def oom_counters(pid: int) -> list[Path]:
     """The files that count out-of-memory kills: of the process's own memory cgroup (v2 or v1), and of the host."""
     found: list[Path] = []
     with contextlib.suppress(OSError, ValueError):

@@ -296,7 +296,7 @@ class QemuVm:
         said = self._process.log_text()
         if self._qmp is not None:
             # Its last words may lie in the socket still.
-            await self._qmp.ended(_LAST_WORDS_SECONDS)
+            await self._qmp.last_words(_LAST_WORDS_SECONDS)
         events = self._qmp.events if self._qmp is not None else self._events
         return evidence.of_vmm(
             status, said=said, events=events, disk_full=self._disk_full, usage=self._process.final_usage

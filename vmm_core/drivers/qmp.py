@@ -60,6 +60,7 @@ class Qmp(asyncio.Protocol):
         self._allowance = float(BURST_BYTES)
         self._paid_at = self._loop.time()
         self._resuming: asyncio.TimerHandle | None = None
+        self._last = False
 
     @classmethod
     async def connect(cls, path: Path, *, on_event: OnEvent | None = None, timeout: float = 10.0) -> "Qmp":
@@ -139,13 +140,17 @@ class Qmp(asyncio.Protocol):
         except OSError as error:
             raise VmmProtocolError(f"QEMU did not take a descriptor: {error.strerror}") from error
 
-    async def ended(self, timeout: float) -> None:
-        """Wait until everything the VMM said is read and the connection is over, but no longer than ``timeout``."""
+    async def last_words(self, timeout: float) -> None:
+        """The VMM has ended: read what it left in the socket, of a flood only the end, for at most ``timeout``."""
+        self._last = True
+        if self._resuming is not None:
+            self._resuming.cancel()
+            self._resume()
         await asyncio.wait({self._ended}, timeout=timeout)
 
     async def close(self) -> None:
         self._fail("closed")
-        await self.ended(1.0)
+        await asyncio.wait({self._ended}, timeout=1.0)
 
     # ── what comes in ────────────────────────────────────────────────────────────────────────────
 
@@ -155,25 +160,32 @@ class Qmp(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        self._work()
+        if not self._last:
+            self._work()
+        elif len(self._buffer) > 2 * _LAST_WORDS:
+            self._forget_early_words()
 
     def eof_received(self) -> None:
         """The last words are worked off past the pace: they tell most, and they are few."""
+        self._last = True
+        self._forget_early_words()
+        self._work()
+
+    def _forget_early_words(self) -> None:
         if len(self._buffer) > _LAST_WORDS:
             start = self._buffer.find(b"\n", len(self._buffer) - _LAST_WORDS)
-            del self._buffer[: start + 1]
+            del self._buffer[: start + 1 or len(self._buffer)]
             self._searched = 0
-        self._work(hurry=True)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(str(exc) if exc is not None else "the connection ended")
         if not self._ended.done():
             self._ended.set_result(None)
 
-    def _work(self, *, hurry: bool = False) -> None:
+    def _work(self) -> None:
         """Take whole messages from the buffer as long as the allowance lasts; then stop reading for a moment."""
         self._earn()
-        while self._failure is None and (hurry or self._allowance > 0):
+        while self._failure is None and (self._last or self._allowance > 0):
             end = self._buffer.find(b"\n", self._searched)
             if end < 0:
                 self._searched = len(self._buffer)
@@ -193,7 +205,8 @@ class Qmp(asyncio.Protocol):
         self._resuming = None
         if self._transport is not None and self._failure is None:
             self._transport.resume_reading()
-            self._work()
+            if not self._last:
+                self._work()
 
     def _earn(self) -> None:
         now = self._loop.time()
@@ -220,8 +233,9 @@ class Qmp(asyncio.Protocol):
             return
         if "return" in answer:
             future.set_result(answer["return"])
-        elif "error" in answer:
-            future.set_exception(VmmProtocolError(f"QEMU refused: {printable(answer['error'], 300)}"))
+        else:
+            what = printable(answer.get("error", "without a reason"), 300)
+            future.set_exception(VmmProtocolError(f"QEMU refused: {what}"))
 
     def _note(self, name: object, data: object) -> None:
         facts = cast("Json", data) if isinstance(data, dict) else {}
