@@ -22,6 +22,7 @@ from typing import TypeVar
 import msgspec
 
 from vmm_core import accel as acceleration
+from vmm_core.accounting import host_available_mib
 from vmm_core.console import Console, tail
 from vmm_core.disk import Pool, clone_file, open_pool
 from vmm_core.drivers.base import CONSOLE_SOCKET, DISK, STATE, Driver, Place, Saved, Vm
@@ -39,6 +40,7 @@ from vmm_core.errors import (
     VmDied,
 )
 from vmm_core.guest.channel import Channel, Revive
+from vmm_core.ledger import Ledger
 from vmm_core.machine import (
     Accel,
     BootImage,
@@ -84,6 +86,7 @@ class Engine:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._residents = Residents()
+        self.ledger = Ledger(data_dir, self.vms)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -385,7 +388,7 @@ class Engine:
         """Refuse early, by name, what cannot work."""
         self.check_network(machine.network)
         self.pool.require_room()
-        available = _available_memory_mib()
+        available = host_available_mib()
         if available < memory_mib + _MEMORY_RESERVE_MIB:
             raise HostOutOfMemory(
                 f"the host has {available} MiB of memory available; one more VM needs "
@@ -495,6 +498,7 @@ class Engine:
 
     def _enroll(self, vm: RunningVm) -> RunningVm:
         self._vms[vm.id] = vm
+        self.ledger.opened(vm)
         delay = max(0.0, vm.record.expires_at - time.time())
         self._timers[vm.id] = asyncio.get_running_loop().call_later(delay, self._expire, vm)
         return vm
@@ -509,6 +513,7 @@ class Engine:
         timer = self._timers.pop(vm.id, None)
         if timer is not None:
             timer.cancel()
+        self.ledger.closed(vm)
 
     async def _adopt_or_clear(self, directory: Path, lock: int) -> RunningVm | None:
         try:
@@ -520,6 +525,7 @@ class Engine:
             os.close(lock)
             raise
         if vm is None:
+            self.ledger.found_dead(directory)
             end_processes_in(directory)
             remove_tree(directory)
             os.close(lock)
@@ -567,6 +573,7 @@ class Engine:
                 await asyncio.wait({ending}, timeout=_CLOSE_SECONDS)
             else:
                 await vm.detach()
+        await self.ledger.close()
         await self._residents.close()
 
     @property
@@ -622,10 +629,3 @@ async def _unless_dead(driver_vm: Vm, answer: Awaitable[T]) -> T:
 def _grow(disk: Path, size: int) -> None:
     if disk.stat().st_size < size:
         os.truncate(disk, size)
-
-
-def _available_memory_mib() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) >> 10
-    return 0

@@ -45,6 +45,7 @@ class RunningVm:
         self._lock = lock
         self._on_gone = on_gone
         self._exec_count = 0
+        self._worked = False
         self._reading: VmUsage | None = None
         self._witness = evidence.OomWitness(record.pid)
         self._verdict: VmExit | None = None
@@ -107,12 +108,14 @@ class RunningVm:
         files: Sequence[GuestFile] = (),
     ) -> Process:
         """Start a command and stream it; ``exec_id`` names it for ``attach`` from this or a later process."""
+        self._worked = True
         return await self.channel.start(
             exec_id, argv, user=user, env=env, cwd=cwd, stdin=stdin, timeout=timeout, files=files
         )
 
     async def attach(self, exec_id: str, *, stdout_from: int = 0, stderr_from: int = 0) -> Process:
         """Take up the streams of a command that runs already, from these byte offsets on."""
+        self._worked = True
         return await self.channel.attach(exec_id, stdout_from=stdout_from, stderr_from=stderr_from)
 
     async def put(
@@ -130,6 +133,11 @@ class RunningVm:
         self._witness.look()
         total = self._reading = accounting.total(self._reading, now) or now
         return total
+
+    @property
+    def worked(self) -> bool:
+        """Whether anything was run in it."""
+        return self._worked
 
     @property
     def last_usage(self) -> VmUsage | None:
