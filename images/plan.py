@@ -62,7 +62,7 @@ async def make_plan(engine: Engine, cache: Cache, recipe: Recipe, step: Step) ->
     step("checking the recipe and this host")
     _check_host()
     files = tuple(_read_file(recipe, item) for item in recipe.files)
-    _check_egress(engine, recipe)
+    await _check_egress(engine, recipe)
     tarball, sha256 = await _runner(cache, recipe, step) if recipe.runner is not None else (None, "")
     certificates = _certificates() if recipe.ca == "host" else {}
     index = (
@@ -151,12 +151,12 @@ def _check_host() -> None:
         )
 
 
-def _check_egress(engine: Engine, recipe: Recipe) -> None:
+async def _check_egress(engine: Engine, recipe: Recipe) -> None:
     for key in ("egress", "warm_egress"):
         named: tuple[str, ...] = getattr(recipe, key)
         rules = tuple(parse_egress(name) for name in named if name not in WORDS)
         try:
-            engine.check_network(_opened(recipe.machine.network, named, rules))
+            await engine.check_network(_opened(recipe.machine.network, named, rules))
         except BadRequest as error:
             raise RecipeError(str(error), file=recipe.origin[-1], key=key) from None
 

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from vmm_core.errors import BadRequest
 from vmm_core.machine import EgressRule
-from vmm_core.network.user import check_rules
+from vmm_core.network.egress import check_rules
 
 _PORTS = {"https": 443, "http": 80}
 

@@ -21,8 +21,8 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 
 from vmm_core.errors import BadRequest
-from vmm_core.machine import EgressRule
-from vmm_core.network.user import check_rules
+from vmm_core.machine import EgressRule, Network
+from vmm_core.network.egress import check_network
 
 DEFAULT_FILES = (Path("microvm.toml"), Path("/etc/microvm/microvm.toml"))
 _PREFIX = "MICROVM_"
@@ -295,7 +295,8 @@ def _check_values(settings: Settings, origin: str) -> None:
         if table is not None:
             _check_numbers(table, f"{origin}: [{section}]")
     try:
-        check_rules([EgressRule(rule.host, rule.port, rule.via or None) for rule in runners.egress])
+        allow = tuple(EgressRule(rule.host, rule.port, rule.via or None) for rule in runners.egress)
+        check_network(Network("list", allow))
     except BadRequest as error:
         raise SettingsError(f"{origin}: [[runners.egress]]: {error}") from error
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", runners.name_prefix):

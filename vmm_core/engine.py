@@ -22,6 +22,7 @@ from typing import TypeVar
 import msgspec
 
 from vmm_core import accel as acceleration
+from vmm_core.berths import Berth, Berths, open_berths
 from vmm_core.accounting import host_available_mib
 from vmm_core.console import Console, tail
 from vmm_core.disk import Pool, clone_file, open_pool
@@ -54,7 +55,7 @@ from vmm_core.machine import (
     Snapshot,
     VmRecord,
 )
-from vmm_core.network import user
+from vmm_core.network.egress import virtual_hosts
 from vmm_core.process import VmmProcess
 from vmm_core.record import host_boot, read_record, read_records, try_lock, write_record
 from vmm_core.residents import Residents
@@ -75,18 +76,27 @@ class Engine:
     """Made by ``Engine.open``. ``on_step`` hears the name of each step of a fork as it begins."""
 
     def __init__(
-        self, data_dir: Path, pool: Pool, driver: Driver, on_step: Callable[[str], None] | None
+        self,
+        data_dir: Path,
+        pool: Pool,
+        driver: Driver,
+        on_step: Callable[[str], None] | None,
+        slots: bool | None,
     ) -> None:
         self.data_dir = data_dir
         self.pool = pool
         self.driver = driver
         self.snapshots = SnapshotStore(pool)
         self._on_step = on_step or _unheard
+        self._want_slots = slots
         self._vms: dict[str, RunningVm] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._residents = Residents()
         self.ledger = Ledger(data_dir, self.vms)
+        self._berths: Berths | None = None
+        self._opening = asyncio.Lock()
+        self._stack = contextlib.AsyncExitStack()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -96,16 +106,19 @@ class Engine:
         *,
         driver: Driver | None = None,
         on_step: Callable[[str], None] | None = None,
+        slots: bool | None = None,
     ) -> AsyncGenerator["Engine"]:
         """Open the engine of ``data_dir``, making its pool where needed.
 
+        ``slots``: whether VMs run in jails with a network slot each. None: where the host gives the rights;
+        True: HostUnfit at the first VM where it does not; False: plain processes with user-mode networking.
         At the end the VMs made by ``launch`` run on (adopt them later); those of ``fork`` and ``boot`` are gone.
         Raises HostUnfit, VmmMissing or PoolFull, each saying what to do.
         """
         chosen = driver or QemuDriver()
         directory = Path(data_dir).absolute()
         async with open_pool(directory) as pool:
-            engine = cls(directory, pool, chosen, on_step)
+            engine = cls(directory, pool, chosen, on_step, slots)
             try:
                 yield engine
             finally:
@@ -184,7 +197,7 @@ class Engine:
         snapshot = parent if isinstance(parent, Snapshot) else self.snapshots.resolve(parent)
         manifest = snapshot.manifest
         machine = manifest.machine.on(_opened(manifest.machine.network, allow))
-        self._require(machine, _FORK_MEMORY_MIB)
+        await self._require(machine, _FORK_MEMORY_MIB)
         self._require_fit(manifest)
         identity = _new_identity(hostname)
         return await self._launch(snapshot, machine, identity, ttl, metadata, parent=manifest.digest)
@@ -203,7 +216,8 @@ class Engine:
         manifest = snapshot.manifest
         started = time.perf_counter()
         async with contextlib.AsyncExitStack() as undo:
-            place, lock = self._new_place(identity.id, machine.network, undo)
+            berth, opening = await self._take_berth(machine, undo)
+            place, lock = self._new_place(identity.id, machine.network, ttl, undo)
             self._on_step("disk")
             await self._clone_disk(snapshot.path / DISK, place.directory / DISK)
             cloned = time.perf_counter()
@@ -211,7 +225,7 @@ class Engine:
             resident = await self._residents.memory_of(snapshot)
             self._on_step("spawn")
             driver_vm = await self.driver.restore(
-                place, machine, manifest.accel, resident, snapshot.path / STATE, manifest.state
+                place, berth, machine, manifest.accel, resident, snapshot.path / STATE, manifest.state
             )
             undo.push_async_callback(driver_vm.kill)
             loaded = time.perf_counter()
@@ -222,10 +236,11 @@ class Engine:
             await _unless_dead(
                 driver_vm, channel.revive(self._revive(place, identity), timeout=REVIVE_SECONDS)
             )
+            await opening
             revived = time.perf_counter()
             self._on_step("record")
             record = self._record(
-                place, identity, driver_vm, machine, manifest.accel, ttl, metadata,
+                place, berth, identity, driver_vm, machine, manifest.accel, metadata,
                 parent=parent, template=manifest.labels.get("template") or self._name_of(manifest.digest),
             )  # fmt: skip
             capture = Console(place.directory, CONSOLE_SOCKET)
@@ -338,18 +353,19 @@ class Engine:
         for path in (image.kernel, image.initrd, image.disk):
             if not path.is_file():
                 raise BadRequest(f"cannot boot: {path} is not a file")
-        self._require(machine, machine.memory_mib)
+        await self._require(machine, machine.memory_mib)
         accel = await self.choose_accel(image)
         started = time.perf_counter()
         identity = _new_identity(None)
         async with contextlib.AsyncExitStack() as undo:
-            place, lock = self._new_place(identity.id, machine.network, undo)
+            berth, opening = await self._take_berth(machine, undo)
+            place, lock = self._new_place(identity.id, machine.network, ttl, undo)
             self._on_step("disk")
             await self._clone_disk(image.disk, place.directory / DISK)
             _grow(place.directory / DISK, machine.disk_mib << 20)
             cloned = time.perf_counter()
             self._on_step("spawn")
-            driver_vm = await self.driver.boot(place, machine, image, accel)
+            driver_vm = await self.driver.boot(place, berth, machine, image, accel)
             undo.push_async_callback(driver_vm.kill)
             capture = Console(place.directory, CONSOLE_SOCKET)
             undo.push_async_callback(capture.close)
@@ -366,10 +382,11 @@ class Engine:
                 raise BootFailed(
                     f"the machine did not come up: {error}\nconsole: …{tail(place.directory)}"
                 ) from error
+            await opening
             revived = time.perf_counter()
             self._on_step("record")
             record = self._record(
-                place, identity, driver_vm, machine, accel, ttl, metadata, parent=None, template=None
+                place, berth, identity, driver_vm, machine, accel, metadata, parent=None, template=None
             )
             self._on_step("done")
             undo.pop_all()
@@ -378,15 +395,35 @@ class Engine:
             RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone)
         )
 
-    def check_network(self, network: Network) -> None:
+    async def check_network(self, network: Network) -> None:
         """Raise BadRequest, naming what is wrong, unless this host can give a VM this network."""
         if network.allow and network.mode == "none":
             raise BadRequest("this machine has no network card, so it cannot be opened to any host")
-        user.check(network)
+        (await self._get_berths()).check(network)
 
-    def _require(self, machine: MachineSpec, memory_mib: int) -> None:
+    async def _get_berths(self) -> Berths:
+        """Opened when first needed: listing VMs or templates takes no slot."""
+        async with self._opening:
+            if self._berths is None:
+                kvm = acceleration.kvm_obstacle() is None
+                opening = open_berths(self.data_dir, self.driver.info.binary, kvm=kvm, slots=self._want_slots)
+                self._berths = await self._stack.enter_async_context(opening)
+            return self._berths
+
+    async def _take_berth(
+        self, machine: MachineSpec, undo: contextlib.AsyncExitStack
+    ) -> tuple[Berth, asyncio.Future[None]]:
+        """A place to run, and the opening of its network, which goes on beside the start of the VMM."""
+        berths = await self._get_berths()
+        berth = await berths.take(machine)
+        undo.push_async_callback(berths.give_back, berth)
+        opening = asyncio.ensure_future(berths.open(berth, machine.network))
+        undo.push_async_callback(_abandon, opening)
+        return berth, opening
+
+    async def _require(self, machine: MachineSpec, memory_mib: int) -> None:
         """Refuse early, by name, what cannot work."""
-        self.check_network(machine.network)
+        await self.check_network(machine.network)
         self.pool.require_room()
         available = host_available_mib()
         if available < memory_mib + _MEMORY_RESERVE_MIB:
@@ -413,7 +450,9 @@ class Engine:
                 f"template {name} cannot be forked: {problem}; bake it again (microvm bake {name})"
             )
 
-    def _new_place(self, vm_id: str, network: Network, undo: contextlib.AsyncExitStack) -> tuple[Place, int]:
+    def _new_place(
+        self, vm_id: str, network: Network, ttl: float, undo: contextlib.AsyncExitStack
+    ) -> tuple[Place, int]:
         directory = self.pool.vms / vm_id
         self._on_step("place")
         draft = self.pool.staging / vm_id
@@ -433,7 +472,7 @@ class Engine:
                     f"the disk pool {self.pool.root} is full: remove templates or end VMs"
                 ) from error
             raise
-        return Place(id=vm_id, directory=directory, network=network), lock
+        return Place(id=vm_id, directory=directory, network=network, expires_at=time.time() + ttl), lock
 
     async def _clone_disk(self, source: Path, target: Path) -> None:
         if self.pool.kind == "copy":
@@ -454,23 +493,22 @@ class Engine:
             hostname=identity.hostname,
             machine_id=identity.machine_id,
             boot_id=identity.boot_id,
-            hosts=user.virtual_hosts(place.network.allow),
+            hosts=virtual_hosts(place.network.allow),
         )
 
     def _record(
         self,
         place: Place,
+        berth: Berth,
         identity: Identity,
         driver_vm: Vm,
         machine: MachineSpec,
         accel: Accel,
-        ttl: float,
         metadata: Mapping[str, str] | None,
         *,
         parent: str | None,
         template: str | None,
     ) -> VmRecord:
-        now = time.time()
         tied = self.driver.fingerprint(machine, accel)
         record = VmRecord(
             id=place.id,
@@ -480,8 +518,9 @@ class Engine:
             accel=accel,
             parent=parent,
             template=template,
-            created_at=now,
-            expires_at=now + ttl,
+            created_at=time.time(),
+            expires_at=place.expires_at,
+            slot=berth.slot.number if berth.slot is not None else None,
             metadata=dict(metadata or {}),
             host_boot=host_boot(),
             hostname=identity.hostname,
@@ -575,6 +614,7 @@ class Engine:
                 await vm.detach()
         await self.ledger.close()
         await self._residents.close()
+        await self._stack.aclose()
 
     @property
     def _accel_cache(self) -> Path:
@@ -586,6 +626,11 @@ def _new_identity(hostname: str | None) -> Identity:
     return Identity(
         id=vm_id, hostname=hostname or vm_id, machine_id=uuid.uuid4().hex, boot_id=str(uuid.uuid4())
     )
+
+
+async def _abandon(task: asyncio.Future[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _unheard(_step: str) -> None:

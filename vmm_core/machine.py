@@ -125,7 +125,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     ``pid`` and ``start_ticks`` (field 22 of /proc/PID/stat) name the VMM process within one boot of the host,
     which ``host_boot`` (its boot id) names.
     Times are Unix seconds. ``metadata`` are the caller's tags. ``argv_digest``, ``cpu_model`` and ``vmm_version``
-    are what a snapshot of it will be tied to (see Manifest).
+    are what a snapshot of it will be tied to (see Manifest). ``slot`` is the number of the slot it runs in.
     """
 
     id: str
@@ -145,6 +145,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     argv_digest: str = ""
     cpu_model: str = ""
     vmm_version: str = ""
+    slot: int | None = None
 
     @property
     def identity(self) -> Identity:
@@ -250,13 +251,15 @@ class ForkTimings(msgspec.Struct, frozen=True):
 
     ``disk_ms`` clones the disk; ``spawn_ms`` ends when the VMM has been told to load the state (on the first fork
     of a parent in a process it also covers the load of the parent's memory, unless that was prewarmed);
-    ``revive_ms`` covers the load and the guest's first answer; ``record_ms`` writes down what lives.
+    ``revive_ms`` covers the load and the guest's first answer; ``record_ms`` writes down what lives. Before all that
+    the machine that a live fork was made of stood still for ``pause_ms``.
     """
 
     disk_ms: float = 0.0
     spawn_ms: float = 0.0
     revive_ms: float = 0.0
     record_ms: float = 0.0
+    pause_ms: float = 0.0
 
     @property
     def total_ms(self) -> float:

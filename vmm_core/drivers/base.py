@@ -8,6 +8,7 @@ from typing import Protocol
 
 import msgspec
 
+from vmm_core.berths import Berth
 from vmm_core.machine import Accel, BootImage, MachineSpec, Network, StateKind, VmExit
 
 # The files of a snapshot, and the sockets in a VM's directory.
@@ -94,12 +95,21 @@ class Driver(Protocol):
     @property
     def info(self) -> DriverInfo: ...
 
-    async def boot(self, place: Place, machine: MachineSpec, image: BootImage, accel: Accel) -> Vm:
+    async def boot(
+        self, place: Place, berth: Berth, machine: MachineSpec, image: BootImage, accel: Accel
+    ) -> Vm:
         """Start a fresh machine; returns when its VMM runs, before the guest has booted."""
         ...
 
     async def restore(
-        self, place: Place, machine: MachineSpec, accel: Accel, memory: int, state: Path, kind: StateKind
+        self,
+        place: Place,
+        berth: Berth,
+        machine: MachineSpec,
+        accel: Accel,
+        memory: int,
+        state: Path,
+        kind: StateKind,
     ) -> Vm:
         """Start a clone from the sealed memory ``memory`` (a descriptor) and the device state; it runs on by itself."""
         ...

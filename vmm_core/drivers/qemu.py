@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import cast
 
 from vmm_core import clock, evidence, memory
+from vmm_core.berths import Berth
 from vmm_core.disk import clone_file
 from vmm_core.drivers.base import (
     AGENT_SOCKET,
@@ -41,7 +42,7 @@ from vmm_core.drivers.base import (
 )
 from vmm_core.drivers.qmp import Json, Qmp
 from vmm_core.errors import VmmError, VmmMissing, VmmProtocolError
-from vmm_core.machine import Accel, BootImage, EgressRule, MachineSpec, StateKind, VmEvent, VmExit
+from vmm_core.machine import Accel, BootImage, MachineSpec, StateKind, VmEvent, VmExit
 from vmm_core.network import user
 from vmm_core.process import VmmProcess
 

@@ -1,0 +1,154 @@
+"""Berths: the places VMs run in. A berth is a numbered slot of the host and a cell that waits in it.
+
+    prepared ahead ──take──► a VM's ──give_back──► cell and groups gone, slot scrubbed, used again
+
+On a host without the rights for slots and jails a berth is a plain process on the host's own network; ``why``
+says what is missing.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from vmm_core.cgroup import Limits
+from vmm_core.errors import HostUnfit, VmmError
+from vmm_core.jail import Cell, CellSpec, Jailer
+from vmm_core.machine import MachineSpec, Network
+from vmm_core.network import user
+from vmm_core.network.addresses import Slot
+
+if TYPE_CHECKING:
+    from vmm_core.network.slots import SlotPool
+
+READY = 8
+# Forks in a row shall not share the CPUs with the preparation of their successors.
+_REST_SECONDS = 0.05
+_MOST_RUNNING = 64
+_UNJAILED_UID = 65534
+
+
+class Berth(msgspec.Struct, frozen=True):
+    """Where one VM runs. ``slot`` is None for a plain process; ``tap`` is a descriptor of the slot's network card,
+    which stays the slot pool's."""
+
+    cell: Cell
+    limits: Limits
+    slot: Slot | None = None
+    tap: int | None = None
+
+
+class Berths:
+    """Hands berths out and takes them back. Made by ``open_berths``."""
+
+    def __init__(self, jailer: Jailer, slots: "SlotPool | None", why: str, *, kvm: bool) -> None:
+        self.jailer = jailer
+        self.slots = slots
+        self.why = why
+        self._kvm = kvm
+        self._ready: deque[Berth] = deque()
+        self._usual: Limits | None = None
+        self._filling: asyncio.Task[None] | None = None
+
+    @property
+    def jailed(self) -> bool:
+        return self.slots is not None
+
+    def check(self, network: Network) -> None:
+        """Raise BadRequest, naming what is wrong, unless a VM here can have this network."""
+        if self.slots is None:
+            user.check(network)
+        else:
+            self.slots.check(network)
+
+    async def take(self, machine: MachineSpec) -> Berth:
+        """A berth for a machine of this shape, from those prepared where one fits. Raises HostUnfit."""
+        limits = limits_of(machine)
+        self._usual = limits
+        self._fill_soon()
+        while self._ready:
+            berth = self._ready.popleft()
+            if berth.limits == limits and berth.cell.waiting:
+                return berth
+            await self.give_back(berth)
+        return await self._prepare(limits)
+
+    async def open(self, berth: Berth, network: Network) -> None:
+        """Let what runs there reach what ``network`` says, and nothing else."""
+        if self.slots is not None and berth.slot is not None:
+            await self.slots.open_to(berth.slot, network)
+
+    async def give_back(self, berth: Berth) -> None:
+        """Nothing runs in it any more, or nothing ever did."""
+        await berth.cell.discard()
+        if berth.slot is not None:
+            await self.release(berth.slot)
+
+    async def release(self, slot: Slot) -> None:
+        """Give the slot of an ended VM back."""
+        with contextlib.suppress(OSError, TimeoutError):
+            await self.jailer.cgroups.remove(slot.number)
+        if self.slots is not None:
+            await self.slots.give_back(slot)
+
+    async def close(self) -> None:
+        if self._filling is not None:
+            self._filling.cancel()
+            await asyncio.gather(self._filling, return_exceptions=True)
+        await asyncio.gather(*(self.give_back(berth) for berth in self._ready), return_exceptions=True)
+        self._ready.clear()
+        await self.jailer.close()
+
+    async def _prepare(self, limits: Limits) -> Berth:
+        if self.slots is None:
+            cell = await self.jailer.prepare(CellSpec(number=0, uid=_UNJAILED_UID, limits=limits))
+            return Berth(cell=cell, limits=limits)
+        slot, tap = await self.slots.take()
+        try:
+            spec = CellSpec(number=slot.number, uid=slot.uid, limits=limits, netns=slot.netns, kvm=self._kvm)
+            cell = await self.jailer.prepare(spec)
+        except BaseException:
+            await self.release(slot)
+            raise
+        return Berth(cell=cell, limits=limits, slot=slot, tap=tap)
+
+    def _fill_soon(self) -> None:
+        if self._filling is None or self._filling.done():
+            self._filling = asyncio.create_task(self._fill(), name="berths")
+
+    async def _fill(self) -> None:
+        """Prepare berths of the usual shape, one after the other. A failure is left for ``take`` to tell."""
+        await asyncio.sleep(_REST_SECONDS)
+        with contextlib.suppress(VmmError):
+            while self._usual is not None and len(self._ready) < READY:
+                self._ready.append(await self._prepare(self._usual))
+
+
+@contextlib.asynccontextmanager
+async def open_berths(
+    data_dir: Path, program: str, *, kvm: bool, slots: bool | None = None
+) -> AsyncGenerator[Berths]:
+    """The berths of this host for VMMs of ``program``. ``slots``: whether to use network slots and jails
+    (None: where the host can; True: HostUnfit where it cannot)."""
+    async with contextlib.AsyncExitStack() as stack:
+        why = "plain processes were asked for" if slots is False else "slots are being built"
+        jailer = await Jailer.open(data_dir, program, unless=why)
+        stack.push_async_callback(jailer.close)
+        if why is None and not jailer.jailed:
+            why = jailer.why
+        if why is not None and slots:
+            raise HostUnfit(f"network slots and jails cannot be used on this host: {why}")
+        pool = None if why is not None else None
+        berths = Berths(jailer, pool, why or "", kvm=kvm)
+        try:
+            yield berths
+        finally:
+            await berths.close()
+
+
+def limits_of(machine: MachineSpec) -> Limits:
+    return Limits(vcpus=machine.vcpus, memory_mib=machine.memory_mib, disk_mib=machine.disk_mib)
