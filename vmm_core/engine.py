@@ -22,8 +22,8 @@ from typing import TypeVar
 import msgspec
 
 from vmm_core import accel as acceleration
-from vmm_core.berths import Berth, Berths, open_berths
 from vmm_core.accounting import host_available_mib
+from vmm_core.berths import Berth, Berths, open_berths
 from vmm_core.console import Console, tail
 from vmm_core.disk import Pool, clone_file, open_pool
 from vmm_core.drivers.base import CONSOLE_SOCKET, DISK, STATE, Driver, Place, Saved, Vm
