@@ -77,6 +77,9 @@ class GuestMemory:
                     found.append((offset + run.start() * PAGE, offset + run.end() * PAGE))
         return found
 
+    def private_bytes(self) -> int:
+        return sum(end - start for start, end in self.changes())
+
     def copy(self, ranges: Ranges, target: memoryview) -> None:
         """Copy ``ranges`` to the same place in ``target``. Of one instant only while the machine is stopped."""
         if self.shared:

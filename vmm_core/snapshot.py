@@ -97,6 +97,12 @@ class SnapshotStore:
         _sync(target.parent)
         return self.load(manifest.digest)
 
+    def abandon(self, digest: str) -> None:
+        """Remove what was placed and will not be completed."""
+        target = self._pool.snapshots / digest
+        if target.is_dir() and not (target / MANIFEST).exists():
+            self._bury(target)
+
     def _rewrite(self, target: Path, manifest: Manifest) -> None:
         draft = (
             self._pool.staging / f"removed-{uuid.uuid4().hex[:8]}"
@@ -237,10 +243,9 @@ class SnapshotStore:
                 os.close(held)
 
     def retire(self, snapshot: Snapshot) -> None:
-        """Nobody shall thaw it any more. It goes now, or with the last VM or snapshot that stands on it."""
+        """Nobody shall thaw it any more. ``tidy`` removes it, unless VMs or snapshots stand on it."""
         manifest = msgspec.structs.replace(snapshot.manifest, frozen=None, ephemeral=True)
         self._rewrite(snapshot.path, manifest)
-        self.tidy()
 
     def tidy(self) -> None:
         """Remove ephemeral snapshots that nothing stands on any more, and their own bases with them."""

@@ -1,0 +1,143 @@
+"""One instant of a running machine, taken in one short pause: its memory, its devices and its disk.
+
+before: what its memory file holds is copied, its disk is brought to storage   (it runs)
+pause:  private pages → devices → disk, by sharing its blocks                  (it stands still)
+after:  it runs on, or stays paused, as asked; on any failure it runs on
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from vmm_core.disk import clone_file, data_extents
+from vmm_core.drivers.base import DISK, MEMORY, SUMS
+from vmm_core.errors import PoolFull, VmmError
+from vmm_core.guest_memory import Copy, GuestMemory
+from vmm_core.memory import Ranges, sums_of, write_ranges
+from vmm_core.vm import RunningVm
+
+T = TypeVar("T")
+
+_BACKGROUND_NICE = 19
+
+
+class Captured(msgspec.Struct, frozen=True):
+    """The sealed memory of that instant (a descriptor, the caller's), which parts of it the machine does not share
+    with its base, and for how long it stood still. Its devices and its disk are files."""
+
+    memory: int
+    size: int
+    private: Ranges
+    pause_ms: float
+
+    @property
+    def private_bytes(self) -> int:
+        return sum(end - start for start, end in self.private)
+
+
+class Threads:
+    """Threads of our own: a machine that stands still waits for nobody, and nobody waits for what is written later."""
+
+    def __init__(self) -> None:
+        self._urgent = ThreadPoolExecutor(2, "capture")
+        self._patient = ThreadPoolExecutor(1, "capture-write", _be_nice)
+
+    async def urgent(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._urgent, work)
+
+    async def patient(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._patient, work)
+
+    def close(self) -> None:
+        self._urgent.shutdown(wait=False)
+        self._patient.shutdown(wait=False)
+
+
+async def capture(
+    vm: RunningVm, draft: Path, threads: Threads, *, run_on: bool, require: Callable[[int], Awaitable[None]]
+) -> Captured:
+    """Capture ``vm``; its devices and disk go to ``draft``. Not to be cancelled: the machine would stand still.
+
+    ``require`` is told beforehand how many MiB the copy of the memory will take. Raises what it raises, PoolFull,
+    VmDied, VmmProtocolError; the machine runs on then, if it lives.
+    """
+    size = vm.record.machine.memory_mib << 20
+    disk = vm.directory / DISK
+    with GuestMemory.of(vm.record.pid, size) as guest:
+        await require((os.fstat(guest.file).st_blocks * 512 + await threads.urgent(guest.private_bytes)) >> 20)
+        with contextlib.closing(Copy(guest)) as copy:
+            await asyncio.gather(threads.urgent(copy.before), threads.urgent(lambda: _write_back(disk)))
+            async with vm.channel.still():
+                began = time.perf_counter()
+                try:
+                    await vm.driver_vm.pause()
+                    # The memory first: what the VMM still puts into it belongs to devices that are saved later.
+                    await threads.urgent(copy.during)
+                    await vm.driver_vm.save_devices(draft)
+                    with pool_full("its disk"):
+                        await threads.urgent(lambda: clone_file(disk, draft / DISK))
+                except BaseException:
+                    with contextlib.suppress(VmmError):
+                        await vm.driver_vm.resume()
+                    raise
+                if run_on:
+                    await vm.driver_vm.resume()
+                pause_ms = (time.perf_counter() - began) * 1e3
+            return Captured(copy.sealed(), size, copy.ranges, pause_ms)
+
+
+def write_image(captured: Captured, base: Path | None, directory: Path) -> None:
+    """Write ``memory.img``, which shares the blocks of the image ``base``, to ``directory``. Blocking, durable."""
+    image = directory / MEMORY
+    ranges = captured.private
+    with pool_full("its memory"):
+        if base is not None:
+            clone_file(base, image)
+        else:
+            image.touch(0o600)
+            ranges = data_extents(captured.memory, captured.size)
+        with image.open("r+b", buffering=0) as file:
+            file.truncate(captured.size)
+            write_ranges(captured.memory, ranges, file.fileno())
+            os.fsync(file.fileno())
+
+
+def write_sums(captured: Captured, directory: Path) -> None:
+    with pool_full("its memory"):
+        (directory / SUMS).write_bytes(sums_of(captured.memory, captured.size))
+
+
+@contextlib.contextmanager
+def pool_full(what: str) -> Generator[None]:
+    """A full disk is told as what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PoolFull(
+                f"the disk pool has no room for {what}: remove templates (microvm templates), end VMs "
+                "(microvm kill), or enlarge its disk"
+            ) from error
+        raise
+
+
+def _write_back(disk: Path) -> None:
+    """Sharing a file's blocks waits for what is not on storage yet: the most of it shall not be waited for paused."""
+    fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
+def _be_nice() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICE)

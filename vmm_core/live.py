@@ -1,0 +1,421 @@
+"""Forks of machines that run, and machines that are frozen and thawed.
+
+    running ──one pause──► running, and a capture beside it ──► n children at once
+                           capture ──written in the background──► an ephemeral snapshot ──nothing stands on it──► gone
+    running ──freeze──► a frozen snapshot, durably ──► the VM is ended
+    frozen  ──thaw──► the same machine, running ──► the snapshot is gone
+    frozen  ──discard, or its time has passed──► gone
+
+A capture's memory is resident at once, so children wait for no disk. Its image shares the blocks of its base's and
+adds the private pages only. A VM and a frozen snapshot of it exist together only when a freeze or a thaw was cut
+short: then the snapshot is the machine, and the VM is ended at the next adoption.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from vmm_core.capture import Captured, Threads, capture, write_image, write_sums
+from vmm_core.disk import Pool
+from vmm_core.drivers.base import MEMORY
+from vmm_core.errors import BadRequest, SnapshotInvalid, UnknownTemplate, UnknownVm, VmmError
+from vmm_core.machine import Frozen, Identity, MachineSpec, Manifest, Snapshot, VmExit
+from vmm_core.residents import Residents
+from vmm_core.snapshot import SnapshotStore, file_sizes
+from vmm_core.vm import RunningVm
+
+FROZEN_SECONDS = 7 * 24 * 3600.0
+MOST_CHILDREN = 256
+_CHILD_MIB = 96
+_CLOSE_SECONDS = 60.0
+_LONGEST_TIMER = 24 * 3600.0
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class Start(Protocol):
+    """Starts a clone of ``snapshot`` known as ``identity``, which stands on the snapshot ``parent``."""
+
+    def __call__(
+        self,
+        snapshot: Snapshot,
+        machine: MachineSpec,
+        identity: Identity,
+        ttl: float,
+        metadata: Mapping[str, str] | None,
+        *,
+        parent: str | None,
+    ) -> Awaitable[RunningVm]: ...
+
+
+class Engine(Protocol):
+    """What an engine does for its captures."""
+
+    @property
+    def pool(self) -> Pool: ...
+    @property
+    def snapshots(self) -> SnapshotStore: ...
+
+    def misfit(self, manifest: Manifest) -> str | None: ...
+    async def destroy(self, vm_id: str) -> None: ...
+
+
+class Live:
+    """The captures and the frozen machines of one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        residents: Residents,
+        *,
+        start: Start,
+        require: Callable[[MachineSpec, int], Awaitable[None]],
+    ) -> None:
+        self._engine = engine
+        self._pool = engine.pool
+        self._snapshots = engine.snapshots
+        self._residents = residents
+        self._start = start
+        self._require = require
+        self._threads = Threads()
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._writing: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    # ── forks ────────────────────────────────────────────────────────────────────────────────────
+
+    async def fork(
+        self,
+        vm: RunningVm,
+        count: int,
+        *,
+        ttl: float,
+        metadata: Mapping[str, str] | None = None,
+        hostname: str | None = None,
+    ) -> list[RunningVm]:
+        """``count`` children of ``vm`` in one pause of it; all of them or none. See ``RunningVm.fork_many``."""
+        if not 1 <= count <= MOST_CHILDREN:
+            raise BadRequest(f"{count} children of one machine at once: 1 to {MOST_CHILDREN} are possible")
+        machine = vm.record.machine
+        snapshot, captured, held = await _finished(self._capture(vm, count), self._drop)
+        tags = vm.record.metadata if metadata is None else metadata
+        try:
+            return await _all_or_none(
+                self._child(snapshot, machine, hostname, ttl, tags, captured.pause_ms) for _ in range(count)
+            )
+        finally:
+            writing = asyncio.create_task(
+                self._write(snapshot, captured, held), name=f"write-{snapshot.digest[:12]}"
+            )
+            self._writing[snapshot.digest] = writing
+
+    async def _capture(self, vm: RunningVm, count: int) -> tuple[Snapshot, Captured, int]:
+        """Capture ``vm``: its snapshot is in its place and its memory resident, held until ``_write`` has run."""
+        record = vm.record
+        self._pool.require_room()
+
+        def require(memory_mib: int) -> Awaitable[None]:
+            return self._require(record.machine, memory_mib + count * _CHILD_MIB)
+
+        digest = _new_digest()
+        async with self._turn(vm):
+            with self._snapshots.draft() as draft:
+                captured = await capture(vm, draft, self._threads, run_on=True, require=require)
+                try:
+                    path, held = self._snapshots.place(draft, digest)
+                except BaseException:
+                    os.close(captured.memory)
+                    raise
+        manifest = self._manifest(vm, digest, path)
+        self._residents.pin(digest, captured.memory)
+        return Snapshot(path, msgspec.structs.replace(manifest, ephemeral=True)), captured, held
+
+    async def _child(
+        self,
+        snapshot: Snapshot,
+        machine: MachineSpec,
+        hostname: str | None,
+        ttl: float,
+        metadata: Mapping[str, str],
+        pause_ms: float,
+    ) -> RunningVm:
+        identity = new_identity(hostname)
+        child = await self._start(snapshot, machine, identity, ttl, metadata, parent=snapshot.digest)
+        child.timings = msgspec.structs.replace(child.timings, pause_ms=pause_ms)
+        return child
+
+    async def _write(self, snapshot: Snapshot, captured: Captured, held: int) -> None:
+        """Make the capture a snapshot on disk, if a child lives to need it."""
+        digest = snapshot.digest
+        written = False
+        try:
+            if await asyncio.to_thread(self._snapshots.users, digest):
+                base = await self._image_of(snapshot.manifest.base)
+                await self._threads.patient(lambda: self._complete(snapshot, captured, base))
+                written = True
+        except (VmmError, OSError) as error:
+            # Its children run on without: what they are frozen to is whole then, instead of shared with it.
+            _log.warning("capture %s was not written: %s", digest[:12], error)
+        finally:
+            self._residents.unpin(digest, keep=written)
+            os.close(held)
+            self._writing.pop(digest, None)
+        if not written:
+            self._snapshots.abandon(digest)
+        await asyncio.to_thread(self._snapshots.tidy)
+
+    def _complete(self, snapshot: Snapshot, captured: Captured, base: Path | None) -> None:
+        self._pool.require_room(captured.private_bytes)
+        write_image(captured, base, snapshot.path)
+        write_sums(captured, snapshot.path)
+        manifest = snapshot.manifest
+        self._snapshots.complete(
+            msgspec.structs.replace(
+                manifest,
+                base=manifest.base if base is not None else None,
+                files=file_sizes(snapshot.path),
+            )
+        )
+
+    def _drop(self, made: tuple[Snapshot, Captured, int]) -> None:
+        """The capture nobody waits for any more."""
+        snapshot, _, held = made
+        self._residents.unpin(snapshot.digest, keep=False)
+        os.close(held)
+        self._snapshots.abandon(snapshot.digest)
+
+    # ── frozen machines ──────────────────────────────────────────────────────────────────────────
+
+    async def freeze(self, vm: RunningVm, ttl: float) -> Frozen:
+        """Stop ``vm`` into a snapshot. See ``RunningVm.freeze``."""
+        return await _finished(self._freeze(vm, ttl), lambda _: None)
+
+    async def _freeze(self, vm: RunningVm, ttl: float) -> Frozen:
+        self._pool.require_room()
+        async with self._turn(vm):
+            base = vm.directory / MEMORY  # a machine that was thawed brought its own
+            image = base if base.exists() else await self._image_of(vm.record.parent)
+            with self._snapshots.draft() as draft:
+                captured = await capture(
+                    vm,
+                    draft,
+                    self._threads,
+                    run_on=False,
+                    require=lambda mib: self._require(vm.record.machine, mib),
+                )
+                try:
+                    frozen = await self._save_frozen(vm, captured, image, draft, ttl)
+                except BaseException:
+                    await vm.driver_vm.resume()
+                    raise
+                finally:
+                    os.close(captured.memory)
+            vm.end_as(VmExit(kind="frozen", cause="frozen", reason=f"frozen as {frozen.digest[:12]}"))
+            await vm.destroy()
+        self.watch_time()
+        return frozen
+
+    async def _save_frozen(
+        self, vm: RunningVm, captured: Captured, image: Path | None, draft: Path, ttl: float
+    ) -> Frozen:
+        self._pool.require_room(captured.private_bytes)
+        await asyncio.gather(
+            self._threads.urgent(lambda: write_image(captured, image, draft)),
+            self._threads.urgent(lambda: write_sums(captured, draft)),
+        )
+        now = time.time()
+        digest = _new_digest()
+        frozen = Frozen(digest=digest, record=vm.record, frozen_at=now, expires_at=now + ttl)
+        manifest = msgspec.structs.replace(self._manifest(vm, digest, draft), frozen=frozen)
+        await self._threads.urgent(lambda: self._snapshots.publish(draft, manifest))
+        return frozen
+
+    def frozen(self) -> list[Frozen]:
+        """Every frozen machine of the data directory, oldest first."""
+        return [frozen for snapshot in self._snapshots.frozen() if (frozen := snapshot.manifest.frozen)]
+
+    async def thaw(self, vm_id: str, ttl: float) -> RunningVm:
+        """See ``Engine.thaw``."""
+        async with self._claimed(vm_id) as (snapshot, frozen):
+            manifest = snapshot.manifest
+            if (problem := self._engine.misfit(manifest)) is not None:
+                raise SnapshotInvalid(f"frozen VM {vm_id} cannot be thawed on this host: {problem}")
+            await self._require(manifest.machine, _CHILD_MIB)
+            with contextlib.suppress(UnknownVm):
+                await self._engine.destroy(vm_id)  # what a freeze that was cut short has left
+            record = frozen.record
+            vm = await self._start(
+                snapshot, manifest.machine, record.identity, ttl, record.metadata, parent=manifest.base
+            )
+            try:
+                (vm.directory / MEMORY).hardlink_to(snapshot.path / MEMORY)
+                self._snapshots.retire(snapshot)
+            except BaseException:
+                await vm.destroy()
+                raise
+        await asyncio.to_thread(self._snapshots.tidy)
+        return vm
+
+    async def discard(self, vm_id: str) -> None:
+        """See ``Engine.discard``."""
+        async with self._claimed(vm_id) as (snapshot, _):
+            self._snapshots.retire(snapshot)
+        await asyncio.to_thread(self._snapshots.tidy)
+
+    def is_frozen(self, vm_id: str) -> bool:
+        return any(frozen.id == vm_id for frozen in self.frozen())
+
+    @contextlib.asynccontextmanager
+    async def _claimed(self, vm_id: str) -> AsyncGenerator[tuple[Snapshot, Frozen]]:
+        """The frozen machine of this id, which nobody else thaws, discards or forks meanwhile."""
+        digest = next((frozen.digest for frozen in self.frozen() if frozen.id == vm_id), None)
+        unknown = UnknownVm(
+            f"there is no frozen VM {vm_id}: it was thawed or discarded, or its time has passed; see microvm frozen"
+        )
+        if digest is None:
+            raise unknown
+        held = self._snapshots.hold(digest, alone=True)
+        if held is None:
+            raise BadRequest(f"frozen VM {vm_id} is being thawed or discarded by somebody else right now")
+        try:
+            snapshot = self._snapshots.load(digest)
+            if (frozen := snapshot.manifest.frozen) is None:
+                raise unknown
+            yield snapshot, frozen
+        except UnknownTemplate:
+            raise unknown from None
+        finally:
+            os.close(held)
+
+    # ── time and order ───────────────────────────────────────────────────────────────────────────
+
+    def watch_time(self) -> None:
+        """Remove the frozen machines whose time has passed, now and whenever the next one's has."""
+        if self._timer is not None:
+            self._timer.cancel()
+        left = _LONGEST_TIMER
+        for frozen in self.frozen():
+            remaining = frozen.expires_at - time.time()
+            if remaining <= 0:
+                self._spawn(self._expire(frozen.id))
+            else:
+                left = min(left, remaining)
+        self._timer = asyncio.get_running_loop().call_later(left + 0.01, self.watch_time)
+
+    def gone(self, vm: RunningVm) -> None:
+        """A VM has ended: what it stood on may be of no use any more."""
+        self._turns.pop(vm.id, None)
+        if vm.record.parent is not None and self._is_ephemeral(vm.record.parent):
+            self._spawn(asyncio.to_thread(self._snapshots.tidy))
+
+    def _is_ephemeral(self, digest: str) -> bool:
+        with contextlib.suppress(UnknownTemplate, SnapshotInvalid):
+            return self._snapshots.load(digest).manifest.ephemeral
+        return False  # gone, or still being written: then it is tidied up after that
+
+    async def close(self) -> None:
+        """Captures are written to their end, so that what runs on can stand on them."""
+        if self._timer is not None:
+            self._timer.cancel()
+        waiting = {*self._writing.values(), *self._tasks}
+        if waiting:
+            await asyncio.wait(waiting, timeout=_CLOSE_SECONDS)
+        self._threads.close()
+
+    async def _expire(self, vm_id: str) -> None:
+        with contextlib.suppress(BadRequest):  # somebody else was quicker, or thaws it right now
+            await self.discard(vm_id)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="live")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _turn(self, vm: RunningVm) -> asyncio.Lock:
+        """One pause of a machine at a time."""
+        return self._turns.setdefault(vm.id, asyncio.Lock())
+
+    # ── what a capture is made of ────────────────────────────────────────────────────────────────
+
+    def _manifest(self, vm: RunningVm, digest: str, directory: Path) -> Manifest:
+        record = vm.record
+        if not record.argv_digest:
+            raise BadRequest(
+                f"VM {vm.id} was started by an earlier release, which cannot be captured while it runs"
+            )
+        return Manifest(
+            digest=digest,
+            created_at=time.time(),
+            machine=record.machine,
+            accel=record.accel,
+            vmm_version=record.vmm_version,
+            cpu_model=record.cpu_model,
+            argv_digest=record.argv_digest,
+            files=file_sizes(directory),
+            labels={"template": record.template} if record.template is not None else {},
+            state="devices",
+            base=record.parent if self._exists(record.parent) else None,
+        )
+
+    def _exists(self, digest: str | None) -> bool:
+        if digest is None or digest in self._writing:
+            return digest is not None
+        with contextlib.suppress(UnknownTemplate, SnapshotInvalid):
+            return bool(self._snapshots.load(digest))
+        return False
+
+    async def _image_of(self, digest: str | None) -> Path | None:
+        """The memory image of a snapshot, once it is written; None when there is none."""
+        if digest is None:
+            return None
+        if (writing := self._writing.get(digest)) is not None:
+            await asyncio.wait({writing})
+        with contextlib.suppress(UnknownTemplate, SnapshotInvalid):
+            return self._snapshots.load(digest).path / MEMORY
+        return None
+
+
+def new_identity(hostname: str | None = None) -> Identity:
+    vm_id = f"vm-{uuid.uuid4().hex[:12]}"
+    return Identity(
+        id=vm_id, hostname=hostname or vm_id, machine_id=uuid.uuid4().hex, boot_id=str(uuid.uuid4())
+    )
+
+
+def _new_digest() -> str:
+    return secrets.token_hex(32)
+
+
+async def _finished(work: Coroutine[Any, Any, T], undo: Callable[[T], None]) -> T:
+    """Do it to the end even when the one who asked is cancelled; what nobody waits for any more is undone then."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is None:
+            undo(task.result())
+        raise
+
+
+async def _all_or_none(starts: Iterable[Coroutine[Any, Any, RunningVm]]) -> list[RunningVm]:
+    tasks = [asyncio.create_task(start) for start in starts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(vm.destroy() for vm in ended if isinstance(vm, RunningVm)))
+        raise
