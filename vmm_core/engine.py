@@ -11,10 +11,10 @@ lock in its directory. When that process dies the VM lives on, and any engine ma
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -39,15 +39,18 @@ from vmm_core.errors import (
     SnapshotInvalid,
     UnknownVm,
     VmDied,
+    VmmError,
 )
 from vmm_core.guest.channel import Channel, Revive
 from vmm_core.ledger import Ledger
+from vmm_core.live import Live, new_identity
 from vmm_core.machine import (
     Accel,
     BootImage,
     EgressRule,
     EngineInfo,
     ForkTimings,
+    Frozen,
     Identity,
     MachineSpec,
     Manifest,
@@ -93,6 +96,7 @@ class Engine:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._residents = Residents()
+        self._live = Live(self, self._residents, start=self._launch, require=self._require)
         self.ledger = Ledger(data_dir, self.vms)
         self._berths: Berths | None = None
         self._opening = asyncio.Lock()
@@ -119,6 +123,7 @@ class Engine:
         directory = Path(data_dir).absolute()
         async with open_pool(directory) as pool:
             engine = cls(directory, pool, chosen, on_step, slots)
+            engine._live.watch_time()
             try:
                 yield engine
             finally:
@@ -199,7 +204,7 @@ class Engine:
         machine = manifest.machine.on(_opened(manifest.machine.network, allow))
         await self._require(machine, _FORK_MEMORY_MIB)
         self._require_fit(manifest)
-        identity = _new_identity(hostname)
+        identity = new_identity(hostname)
         return await self._launch(snapshot, machine, identity, ttl, metadata, parent=manifest.digest)
 
     async def _launch(
@@ -216,7 +221,7 @@ class Engine:
         manifest = snapshot.manifest
         started = time.perf_counter()
         async with contextlib.AsyncExitStack() as undo:
-            berth, opening = await self._take_berth(machine, undo)
+            berths, berth, opening = await self._take_berth(identity.id, machine, undo)
             place, lock = self._new_place(identity.id, machine.network, ttl, undo)
             self._on_step("disk")
             await self._clone_disk(snapshot.path / DISK, place.directory / DISK)
@@ -224,9 +229,10 @@ class Engine:
             self._on_step("memory")
             resident = await self._residents.memory_of(snapshot)
             self._on_step("spawn")
-            driver_vm = await self.driver.restore(
-                place, berth, machine, manifest.accel, resident, snapshot.path / STATE, manifest.state
-            )
+            async with berths.wired(berth, machine.network) as wired:
+                driver_vm = await self.driver.restore(
+                    place, wired, machine, manifest.accel, resident, snapshot.path / STATE, manifest.state
+                )
             undo.push_async_callback(driver_vm.kill)
             loaded = time.perf_counter()
             self._on_step("connect")
@@ -249,7 +255,18 @@ class Engine:
             undo.pop_all()
         timings = _timings(started, cloned, loaded, revived)
         return self._enroll(
-            RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone)
+            RunningVm(
+                record,
+                place.directory,
+                driver_vm,
+                channel,
+                capture,
+                lock,
+                timings,
+                functools.partial(berths.release, berth.slot),
+                self._gone,
+                self._live,
+            )  # fmt: skip
         )
 
     async def snapshot(
@@ -339,11 +356,34 @@ class Engine:
         if process is not None:
             await process.end()
             process.close()
-        end_processes_in(self.pool.vms / vm_id)
         lock = try_lock(self.pool.vms / vm_id)
         if lock is not None:
-            remove_tree(self.pool.vms / vm_id)
+            await self._clear(self.pool.vms / vm_id)
             os.close(lock)
+
+    # ── machines that run ────────────────────────────────────────────────────────────────────────
+
+    async def fork_live(
+        self, vm: RunningVm, count: int = 1, *, ttl: float = 3600.0, metadata: Mapping[str, str] | None = None
+    ) -> list[RunningVm]:
+        """``count`` children of a machine that runs on, in one short pause of it (see ``RunningVm.fork_many``)."""
+        return await self._live.fork(vm, count, ttl=ttl, metadata=metadata)
+
+    def frozen(self) -> list[Frozen]:
+        """Every frozen VM of the data directory, oldest first."""
+        return self._live.frozen()
+
+    async def thaw(self, vm_id: str, *, ttl: float = 3600.0) -> RunningVm:
+        """Run a frozen VM again: the same machine, its processes go on (``attach`` to their streams).
+
+        Its clock is set and its entropy fresh. It stays frozen when this raises: UnknownVm when there is none of
+        that id, SnapshotInvalid when its files or this host do not fit, and what ``launch`` raises.
+        """
+        return await self._live.thaw(vm_id, ttl)
+
+    async def discard(self, vm_id: str) -> None:
+        """Remove a frozen VM. UnknownVm when there is none of that id."""
+        await self._live.discard(vm_id)
 
     # ── parts of a fork ──────────────────────────────────────────────────────────────────────────
 
@@ -356,16 +396,17 @@ class Engine:
         await self._require(machine, machine.memory_mib)
         accel = await self.choose_accel(image)
         started = time.perf_counter()
-        identity = _new_identity(None)
+        identity = new_identity()
         async with contextlib.AsyncExitStack() as undo:
-            berth, opening = await self._take_berth(machine, undo)
+            berths, berth, opening = await self._take_berth(identity.id, machine, undo)
             place, lock = self._new_place(identity.id, machine.network, ttl, undo)
             self._on_step("disk")
             await self._clone_disk(image.disk, place.directory / DISK)
             _grow(place.directory / DISK, machine.disk_mib << 20)
             cloned = time.perf_counter()
             self._on_step("spawn")
-            driver_vm = await self.driver.boot(place, berth, machine, image, accel)
+            async with berths.wired(berth, machine.network) as wired:
+                driver_vm = await self.driver.boot(place, wired, machine, image, accel)
             undo.push_async_callback(driver_vm.kill)
             capture = Console(place.directory, CONSOLE_SOCKET)
             undo.push_async_callback(capture.close)
@@ -392,7 +433,18 @@ class Engine:
             undo.pop_all()
         timings = _timings(started, cloned, spawned, revived)
         return self._enroll(
-            RunningVm(record, place.directory, driver_vm, channel, capture, lock, timings, self._gone)
+            RunningVm(
+                record,
+                place.directory,
+                driver_vm,
+                channel,
+                capture,
+                lock,
+                timings,
+                functools.partial(berths.release, berth.slot),
+                self._gone,
+                self._live,
+            )  # fmt: skip
         )
 
     async def check_network(self, network: Network) -> None:
@@ -411,15 +463,15 @@ class Engine:
             return self._berths
 
     async def _take_berth(
-        self, machine: MachineSpec, undo: contextlib.AsyncExitStack
-    ) -> tuple[Berth, asyncio.Future[None]]:
+        self, vm_id: str, machine: MachineSpec, undo: contextlib.AsyncExitStack
+    ) -> tuple[Berths, Berth, asyncio.Future[None]]:
         """A place to run, and the opening of its network, which goes on beside the start of the VMM."""
         berths = await self._get_berths()
-        berth = await berths.take(machine)
+        berth = await berths.take(machine, self.pool.vms / vm_id)
         undo.push_async_callback(berths.give_back, berth)
         opening = asyncio.ensure_future(berths.open(berth, machine.network))
         undo.push_async_callback(_abandon, opening)
-        return berth, opening
+        return berths, berth, opening
 
     async def _require(self, machine: MachineSpec, memory_mib: int) -> None:
         """Refuse early, by name, what cannot work."""
@@ -552,6 +604,7 @@ class Engine:
         timer = self._timers.pop(vm.id, None)
         if timer is not None:
             timer.cancel()
+        self._live.gone(vm)
         self.ledger.closed(vm)
 
     async def _adopt_or_clear(self, directory: Path, lock: int) -> RunningVm | None:
@@ -565,10 +618,17 @@ class Engine:
             raise
         if vm is None:
             self.ledger.found_dead(directory)
-            end_processes_in(directory)
-            remove_tree(directory)
+            await self._clear(directory)
             os.close(lock)
         return vm
+
+    async def _clear(self, directory: Path) -> None:
+        """Remove what a VM left whose process has ended."""
+        end_processes_in(directory)
+        with contextlib.suppress(OSError, msgspec.DecodeError, VmmError):
+            release = await self._adopt_berth(read_record(directory), directory)
+            await release()
+        remove_tree(directory)
 
     async def _adopt(self, directory: Path, lock: int) -> RunningVm | None:
         """The VM in ``directory``, or None when it is dead, expired or was never finished."""
@@ -583,7 +643,8 @@ class Engine:
         if driver_vm is None:
             return None
         try:
-            if record.expires_at <= time.time():
+            # Both a VM and frozen: a freeze or a thaw was cut short, and what is frozen is whole.
+            if record.expires_at <= time.time() or self._live.is_frozen(record.id):
                 await driver_vm.kill()
                 return None
             channel = await Channel.connect(driver_vm.agent_socket)
@@ -598,10 +659,28 @@ class Engine:
         except (GuestError, VmDied):
             await driver_vm.kill()
             return None
+        release = await self._adopt_berth(record, directory)
         capture = Console(directory, CONSOLE_SOCKET)
         return self._enroll(
-            RunningVm(record, directory, driver_vm, channel, capture, lock, ForkTimings(), self._gone)
+            RunningVm(
+                record,
+                directory,
+                driver_vm,
+                channel,
+                capture,
+                lock,
+                ForkTimings(),
+                release,
+                self._gone,
+                self._live,
+            )  # fmt: skip
         )
+
+    async def _adopt_berth(self, record: VmRecord, directory: Path) -> Callable[[], Awaitable[None]]:
+        """Hold the slot of a VM that outlived its service; what gives it back."""
+        berths = await self._get_berths()
+        slot = None if record.slot is None else await berths.adopt(record.slot, directory)
+        return functools.partial(berths.release, slot)
 
     async def _close(self) -> None:
         for timer in self._timers.values():
@@ -613,19 +692,13 @@ class Engine:
             else:
                 await vm.detach()
         await self.ledger.close()
+        await self._live.close()
         await self._residents.close()
         await self._stack.aclose()
 
     @property
     def _accel_cache(self) -> Path:
         return self.data_dir / "cache" / "accel.json"
-
-
-def _new_identity(hostname: str | None) -> Identity:
-    vm_id = f"vm-{uuid.uuid4().hex[:12]}"
-    return Identity(
-        id=vm_id, hostname=hostname or vm_id, machine_id=uuid.uuid4().hex, boot_id=str(uuid.uuid4())
-    )
 
 
 async def _abandon(task: asyncio.Future[None]) -> None:

@@ -8,18 +8,35 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from vmm_core import accounting, console, evidence
 from vmm_core.drivers.base import DISK, Vm
 from vmm_core.errors import ChannelClosed, VmDied
 from vmm_core.guest.channel import Channel, Process
-from vmm_core.machine import ExecResult, ForkTimings, GuestFile, VmExit, VmRecord, VmUsage
+from vmm_core.machine import ExecResult, ForkTimings, Frozen, GuestFile, VmExit, VmRecord, VmUsage
 
 _EXIT_GRACE = 2.0
 _LAST_WORDS_SECONDS = 0.3
 _READING_SECONDS = 0.05
+
+
+class Forks(Protocol):
+    """What makes children of a running machine, and freezes it."""
+
+    async def fork(
+        self,
+        vm: "RunningVm",
+        count: int,
+        *,
+        ttl: float,
+        metadata: Mapping[str, str] | None = None,
+        hostname: str | None = None,
+    ) -> "list[RunningVm]": ...
+
+    async def freeze(self, vm: "RunningVm", ttl: float) -> Frozen: ...
 
 
 class RunningVm:
@@ -34,7 +51,9 @@ class RunningVm:
         capture: console.Console,
         lock: int,
         timings: ForkTimings,
+        release: Callable[[], Awaitable[None]],
         on_gone: Callable[["RunningVm"], None],
+        live: "Forks",
     ) -> None:
         self.record = record
         self.directory = directory
@@ -43,7 +62,9 @@ class RunningVm:
         self.driver_vm = driver_vm
         self._capture = capture
         self._lock = lock
+        self._release = release
         self._on_gone = on_gone
+        self._live = live
         self._exec_count = 0
         self._worked = False
         self._reading: VmUsage | None = None
@@ -125,6 +146,39 @@ class RunningVm:
 
     async def get(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         return await self.channel.get(path, max_bytes=max_bytes)
+
+    @contextlib.asynccontextmanager
+    async def fork(
+        self,
+        *,
+        ttl: float = 3600.0,
+        metadata: Mapping[str, str] | None = None,
+        hostname: str | None = None,
+    ) -> "AsyncGenerator[RunningVm]":
+        """A child of this machine as it is now, destroyed at the end. Otherwise as ``fork_many``."""
+        (child,) = await self._live.fork(self, 1, ttl=ttl, metadata=metadata, hostname=hostname)
+        try:
+            yield child
+        finally:
+            await child.destroy()
+
+    async def fork_many(
+        self, count: int, *, ttl: float = 3600.0, metadata: Mapping[str, str] | None = None
+    ) -> "list[RunningVm]":
+        """``count`` children in one short pause of this machine, which runs on. All of them, or none when this raises.
+
+        They hold its processes, files and tmpfs; their names, boot ids, entropy and clocks are their own. Commands
+        under way go on in each: ``attach`` to them. ``metadata`` is this machine's when left out.
+        Raises PoolFull, HostOutOfMemory, VmDied, BadRequest, VmmProtocolError; this machine runs on in any case.
+        """
+        return await self._live.fork(self, count, ttl=ttl, metadata=metadata)
+
+    async def freeze(self, *, ttl: float = 7 * 86400.0) -> Frozen:
+        """Stop this machine into a snapshot that outlives service and host; ``Engine.thaw`` runs it again.
+
+        It is kept for ``ttl`` seconds. When this raises (PoolFull, …) the machine runs on.
+        """
+        return await self._live.freeze(self, ttl)
 
     async def usage(self) -> VmUsage:
         """What it costs now. VmDied when it has ended; then ``wait`` tells what it cost in all."""
@@ -213,10 +267,10 @@ class RunningVm:
         await asyncio.gather(self._watch, return_exceptions=True)
         await self._capture.close()
         await self.channel.close()
-        if self.record.machine.network.allow:
-            await asyncio.to_thread(
-                end_processes_in, self.directory
-            )  # relays that wait for their destination
+        if self.record.slot is None and self.record.machine.network.allow:
+            # Relays that wait for their destination.
+            await asyncio.to_thread(end_processes_in, self.directory)
+        await self._release()
         remove_tree(self.directory)
         self._unlock()
         self._on_gone(self)
