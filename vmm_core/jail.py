@@ -17,9 +17,9 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -35,6 +35,8 @@ _NAMESPACES = Path("/run/netns")
 _NOBODY = 65534
 _FILES = 512
 _LEAST_FILE_BYTES = 64 << 20
+
+T = TypeVar("T")
 
 # Jailers that were left to their VMs by an engine of this process: reaped when another one opens or closes.
 _left: set[int] = set()
@@ -118,6 +120,7 @@ class Jailer:
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._tasks: set[asyncio.Task[Cell]] = set()
         self._watched: dict[int, tuple[VmmProcess, float]] = {}
+        self._restarting: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, data_dir: Path, program: Path | str, *, unless: str | None = None) -> "Jailer":
@@ -176,16 +179,17 @@ class Jailer:
         """
         for pid in [pid for pid, (known, _) in self._watched.items() if not known.running]:
             del self._watched[pid]
-        new = process.pid not in self._watched
         self._watched[process.pid] = (process, deadline)
-        link = await self._connected()
-        fds = [process.pidfd] if new else []
-        await link.send({"do": "watch", "pid": process.pid, "deadline": deadline}, fds)
+        message = {"do": "watch", "pid": process.pid, "deadline": deadline}
+        await self._ask(lambda link: link.send(message, [process.pidfd]))
 
     async def close(self) -> None:
         """Let go of the jailer: it ends at once, or after the last VM it watches. Waiting cells must be discarded."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
         link, self._link = self._link, None
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.gather(self._restarting, return_exceptions=True)
         if link is not None:
             await link.close(wait=not any(process.running for process, _ in self._watched.values()))
         _reap_left()
@@ -219,8 +223,7 @@ class Jailer:
                 if netns is not None and self.jailed:
                     fds.append(_open_namespace(netns))
                     stack.callback(os.close, fds[1])
-                link = await self._connected()
-                pid, sock = await link.ask(order, fds)
+                pid, sock = await self._ask(lambda link: link.ask(order, fds))
                 process = _our_child(pid, os.dup(log))
             cell = Cell(self, process, sock)
             try:
@@ -238,18 +241,39 @@ class Jailer:
                 raise
             return cell
 
+    async def _ask(self, question: Callable[["_Link"], Awaitable[T]]) -> T:
+        """Ask the jailer; once more should it just have ended."""
+        try:
+            return await question(await self._connected())
+        except _JailerEnded:
+            return await question(await self._connected())
+
+    def _lost(self, _: object) -> None:
+        """The jailer has ended by itself. The VMs that run need another one now, not with the next cell."""
+        if self._link is not None and any(process.running for process, _ in self._watched.values()):
+            self._restarting = asyncio.create_task(self._restart(), name="jailer-restart")
+
+    async def _restart(self) -> None:
+        # Should this fail as well, the next cell tries again, and says what is wrong.
+        with contextlib.suppress(VmmError):
+            await self._connected()
+
     async def _connected(self) -> "_Link":
         """The jailer process, started (again) where there is none; it then hears of every VM that runs."""
         async with self._starting:
             if self._link is None or not self._link.alive:
                 if self._link is not None:
                     await self._link.close(wait=True)
-                self._link = await _Link.start(self.root, self.cgroups)
+                self._link = await _Link.start(self.root, self.cgroups, self._lost)
                 for process, deadline in self._watched.values():
                     if process.running:
                         message = {"do": "watch", "pid": process.pid, "deadline": deadline}
                         await self._link.send(message, [process.pidfd])
             return self._link
+
+
+class _JailerEnded(HostUnfit):
+    """It was there, and is not any more."""
 
 
 class _Link:
@@ -262,9 +286,10 @@ class _Link:
         self._next = 0
         self._sending = asyncio.Lock()
         self._hearing: asyncio.Task[None] | None = None
+        self._broken = False
 
     @classmethod
-    async def start(cls, root: Path | None, cgroups: Cgroups) -> "_Link":
+    async def start(cls, root: Path | None, cgroups: Cgroups, on_lost: Callable[[object], None]) -> "_Link":
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             ours.setblocking(False)
@@ -289,18 +314,20 @@ class _Link:
                 raise HostUnfit(f"the jailer did not start: {error!r} {process.log_text()[-500:]}") from error
             raise
         link._hearing = asyncio.create_task(link._hear(), name="jailer")
+        link._hearing.add_done_callback(on_lost)
         return link
 
     @property
     def alive(self) -> bool:
-        return self._process.running and self._hearing is not None and not self._hearing.done()
+        return not self._broken and self._hearing is not None and not self._hearing.done()
 
     async def send(self, message: Mapping[str, Any], fds: Sequence[int]) -> None:
         async with self._sending:
             try:
                 await _send(self._sock, message, fds)
             except OSError as error:
-                raise HostUnfit(f"the jailer has ended: {self._process.log_text()[-500:]}") from error
+                self._broken = True
+                raise self._ended() from error
 
     async def ask(self, order: dict[str, Any], fds: Sequence[int]) -> tuple[int, socket.socket]:
         """Send the order for a cell; its pid and our end of its socket."""
@@ -342,9 +369,10 @@ class _Link:
         finally:
             for future in self._asked.values():
                 if not future.done():
-                    future.set_exception(
-                        HostUnfit(f"the jailer has ended: {self._process.log_text()[-500:]}")
-                    )
+                    future.set_exception(self._ended())
+
+    def _ended(self) -> _JailerEnded:
+        return _JailerEnded(f"the jailer has ended: {self._process.log_text()[-500:]}")
 
     def _take(self, said: dict[str, Any], fds: list[int]) -> None:
         future = self._asked.get(said.get("id", 0))

@@ -43,7 +43,7 @@ _CLONE_NEWNS, _CLONE_NEWCGROUP, _CLONE_NEWUTS = 0x00020000, 0x02000000, 0x040000
 _CLONE_NEWIPC, _CLONE_NEWPID, _CLONE_NEWNET = 0x08000000, 0x20000000, 0x40000000
 _CLONE_INTO_CGROUP = 0x200000000
 _SYS_CLONE, _SYS_CAPSET, _SYS_PIVOT_ROOT, _SYS_CLONE3 = 56, 126, 155, 435
-_PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS = 22, 24, 28
+_PR_SET_NAME, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS = 15, 22, 24, 28
 _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 # noroot, no_setuid_fixup, keep_caps off, no_cap_ambient_raise; each locked.
 _SECUREBITS = 0b11101111
@@ -73,6 +73,11 @@ def syscall(number: int, *arguments: Any) -> int:
 def prctl(option: int, *arguments: Any) -> int:
     padded = [*arguments, 0, 0, 0, 0][:4]
     return libc.prctl(option, *(ctypes.c_ulong(word) if isinstance(word, int) else word for word in padded))
+
+
+def name_process(name: str) -> None:
+    """What ``ps`` and ``top`` show."""
+    prctl(_PR_SET_NAME, ctypes.create_string_buffer(name.encode()))
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
@@ -167,14 +172,14 @@ def serve(control: socket.socket) -> None:
     poll.register(control, select.POLLIN)
     orphaned = False
     while watched or not orphaned:
-        for fd, _ in poll.poll(sleep_milliseconds(watched, orphaned)):
-            if fd == control.fileno():
-                if not obey(control, jail, watched, poll):
-                    orphaned = True
-                    poll.unregister(control)
-                    control.close()
-            else:
-                forget(watched, fd, poll)
+        ready = {fd for fd, _ in poll.poll(sleep_milliseconds(watched, orphaned))}
+        # What has ended first: an order may give the number of a descriptor a new meaning.
+        for fd in ready - {control.fileno()}:
+            forget(watched, fd, poll)
+        if control.fileno() in ready and not obey(control, jail, watched, poll):
+            orphaned = True
+            poll.unregister(control)
+            control.close()
         kill_overdue(watched, orphaned)
 
 
@@ -226,11 +231,11 @@ def make_cell(control: socket.socket, jail: Jail, order: dict[str, Any], fds: li
 def watch(
     watched: dict[int, tuple[int, float]], poll: select.poll, message: dict[str, Any], fds: list[int]
 ) -> None:
-    """``pid`` with a pidfd: from now on; without: its deadline has changed."""
+    """Remember the process of this pidfd and its deadline, in place of what was known of that pid."""
     pid, deadline = int(message["pid"]), float(message["deadline"])
     if pid in watched:
-        watched[pid] = (watched[pid][0], deadline)
-    elif fds and len(watched) < WATCH_LIMIT:
+        forget(watched, watched[pid][0], poll)
+    if fds and len(watched) < WATCH_LIMIT:
         pidfd = fds.pop()
         watched[pid] = (pidfd, deadline)
         poll.register(pidfd, select.POLLIN)
@@ -306,7 +311,7 @@ def clone(jail: Jail, cell: Cell) -> int:
 
 def make_cgroup(jail: Jail, group: dict[str, Any]) -> int:
     """Make (or find) one cgroup directory and set its limits; the open directory."""
-    root = jail.cgroups[group["root"]]
+    root: int = jail.cgroups[group["root"]]
     with contextlib.suppress(FileExistsError):
         os.mkdir(group["path"], 0o755, dir_fd=root)
     directory = os.open(group["path"], os.O_RDONLY | os.O_DIRECTORY, dir_fd=root)
@@ -336,6 +341,7 @@ def live(sock: socket.socket, jail: Jail, cell: Cell) -> NoReturn:
     """Everything a cell does, from its birth to its exec or exit."""
     status = 1
     try:
+        name_process("microvm-cell")
         os.dup2(cell.log, 2)
         if jail.root is not None:
             confine(jail, cell)
@@ -449,4 +455,5 @@ def execute(jail: Jail, order: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    name_process("microvm-jailer")
     serve(socket.socket(fileno=int(sys.argv[1])))
