@@ -32,7 +32,9 @@ def check_rules(rules: Sequence[EgressRule]) -> None:
     _check_size(rules)
     for rule in rules:
         if _LIKE_ADDRESS.fullmatch(rule.host):
-            raise BadRequest(f"egress {_shown(rule)}: user-mode networking reaches hosts by name, not by address")
+            raise BadRequest(
+                f"egress {_shown(rule)}: user-mode networking reaches hosts by name, not by address"
+            )
         _check_name(rule)
 
 
@@ -127,7 +129,8 @@ def elements(
 def on_loopback(found: Iterable[Element]) -> bool:
     """Whether any element forwards to the host's own loopback."""
     return any(
-        element.set == "forwards" and ipaddress.IPv4Address(element.value[0]) in _LOOPBACK for element in found
+        element.set == "forwards" and ipaddress.IPv4Address(element.value[0]) in _LOOPBACK
+        for element in found
     )
 
 
@@ -177,7 +180,9 @@ def _check_range(rule: EgressRule, own_addresses: Collection[str]) -> None:
     try:
         network = ipaddress.ip_network(rule.host)
     except ValueError as error:
-        raise BadRequest(f"{shown}: {error}; write an address, or a network such as 192.168.7.0/24") from error
+        raise BadRequest(
+            f"{shown}: {error}; write an address, or a network such as 192.168.7.0/24"
+        ) from error
     if isinstance(network, ipaddress.IPv6Network):
         raise BadRequest(f"{shown}: lists hold IPv4 addresses; IPv6 goes by name")
     if network.prefixlen < _WIDEST:
@@ -186,7 +191,9 @@ def _check_range(rule: EgressRule, own_addresses: Collection[str]) -> None:
         # A company's whole 10.0.0.0/8 may be listed: the slots (or a cloud's metadata) inside it stay closed.
         inside_may_be = forbidden == NETWORK or forbidden.prefixlen == 32
         if network.subnet_of(forbidden) or (network.supernet_of(forbidden) and not inside_may_be):
-            raise BadRequest(f"{shown}: {forbidden} is never open (the host, its neighbours or its cloud's metadata)")
+            raise BadRequest(
+                f"{shown}: {forbidden} is never open (the host, its neighbours or its cloud's metadata)"
+            )
     if network.subnet_of(GUEST_NETWORK):
         raise BadRequest(f"{shown}: {GUEST_NETWORK} is the machine's own network")
     if network.prefixlen == 32 and str(network.network_address) in own_addresses:

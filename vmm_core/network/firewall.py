@@ -59,6 +59,9 @@ _SECONDS = 20.0
 _OUTPUT_BYTES = 64 << 20
 _IN_ONE_CALL = 64
 
+_PER_SLOT: Final = ("source", "forwards", "allowed", "allowed_whole", "internet")
+"""The sets and maps whose first key names a slot."""
+
 Part = str | int
 
 
@@ -71,10 +74,14 @@ class Element(msgspec.Struct, frozen=True):
     value: tuple[Part, ...] = ()
 
 
-def ruleset(connections: int) -> str:
-    """The whole table; ``connections`` is how many tracked connections one slot may have. Loading it again
-    keeps the elements and replaces the rules."""
+def ruleset(connections: int, routed: Iterable[str] = ()) -> str:
+    """The whole table. Loading it again replaces the rules and keeps the slots' elements.
+
+    ``connections`` is how many tracked connections one slot may have, ``routed`` the interfaces that forward
+    only because of the slots, and hence only to slots.
+    """
     slots, guests, guest = NETWORK, GUEST_NETWORK, GUEST_ADDRESS
+    new, resets = NEW_PER_SECOND, RESETS_PER_SECOND
     per_slot = "type ipv4_addr; size 65536; flags dynamic"
     return f"""
 add table inet {TABLE}
@@ -107,12 +114,13 @@ table inet {TABLE} {{
     iifname "mv-*" dnat ip to ip saddr . ip daddr . meta l4proto . th dport map @forwards
   }}
   chain admit {{
-    update @openings {{ ip saddr limit rate over {NEW_PER_SECOND}/second burst {2 * NEW_PER_SECOND} packets }} counter drop
+    update @openings {{ ip saddr limit rate over {new}/second burst {2 * new} packets }} counter drop
     add @connections {{ ip saddr ct count over {connections} }} counter drop
     accept
   }}
   chain refuse {{
-    meta l4proto tcp update @resets {{ ip saddr limit rate {RESETS_PER_SECOND}/second }} counter reject with tcp reset
+    meta l4proto != tcp counter drop
+    update @resets {{ ip saddr limit rate {resets}/second burst {2 * resets} packets }} reject with tcp reset
     counter drop
   }}
   chain from_slot {{
@@ -153,7 +161,8 @@ table inet {TABLE} {{
     oifname "mv-*" ip daddr {slots} ip daddr set {guest}
   }}
 }}
-"""
+flush set inet {TABLE} routed
+{"".join(f'add element inet {TABLE} routed {{ "{device}" }}' + chr(10) for device in sorted(routed))}"""  # noqa: S608
 
 
 class Firewall:
@@ -164,9 +173,9 @@ class Firewall:
         self._waiting: list[tuple[list[object], asyncio.Future[None]]] = []
         self._worker: asyncio.Task[None] | None = None
 
-    async def load(self, connections: int) -> None:
+    async def load(self, connections: int, routed: Iterable[str] = ()) -> None:
         """Make the table, or replace its rules; its elements stay."""
-        await self._call("-f", "-", text=ruleset(connections))
+        await self._call("-f", "-", text=ruleset(connections, routed))
 
     async def exists(self) -> bool:
         tables = await self._listing("tables")
@@ -201,11 +210,11 @@ class Firewall:
         found: dict[int, list[Element]] = {}
         for entry in await self._listing("table", "inet", TABLE):
             holder = entry.get("set") or entry.get("map")
-            if holder is None or "dynamic" in holder.get("flags", ()):
+            if holder is None or holder["name"] not in _PER_SLOT:
                 continue
             for item in holder.get("elem", ()):
                 element = _parsed(holder["name"], item)
-                if element is not None and (number := _number(element)) is not None:
+                if (number := _number(element)) is not None:
                     found.setdefault(number, []).append(element)
         return found
 
@@ -260,7 +269,9 @@ class Firewall:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             if isinstance(error, TimeoutError):
-                raise SlotsUnavailable(f"nft {' '.join(arguments)} did not end within {_SECONDS:.0f} s") from error
+                raise SlotsUnavailable(
+                    f"nft {' '.join(arguments)} did not end within {_SECONDS:.0f} s"
+                ) from error
             raise
         if process.returncode != 0:
             said = errors.decode("utf-8", "replace").strip()[:500]
@@ -304,35 +315,28 @@ def _json_part(part: Part) -> object:
     return part
 
 
-def _parsed(name: str, item: Any) -> Element | None:
+def _parsed(name: str, item: Any) -> Element:
     if isinstance(item, list):
-        return Element(name, _parts(item[0]), _parts(cast("list[Any]", item)[1]))
+        key, value = cast("list[Any]", item)
+        return Element(name, _parts(key), _parts(value))
     return Element(name, _parts(item))
 
 
 def _parts(value: Any) -> tuple[Part, ...]:
-    values = value["concat"] if isinstance(value, dict) and "concat" in value else [value]
-    return tuple(_part(part) for part in cast("list[Any]", values))
+    several = cast("dict[str, list[Any]]", value).get("concat") if isinstance(value, dict) else None
+    return tuple(_part(part) for part in several or [value])
 
 
 def _part(value: Any) -> Part:
     if not isinstance(value, dict):
         return cast("Part", value)
-    prefix = cast("dict[str, Any]", value["prefix"])
+    prefix = cast("dict[str, dict[str, Any]]", value)["prefix"]
     return f"{prefix['addr']}/{prefix['len']}"
 
 
 def _number(element: Element) -> int | None:
-    first = element.key[0]
-    if not isinstance(first, str) or "/" in first:
-        return None
-    return number_of_name(first) if element.set == "source" else _slot_of(element, first)
-
-
-def _slot_of(element: Element, address: str) -> int | None:
-    if element.set in ("forwards", "allowed", "allowed_whole", "internet"):
-        return number_of_address(address)
-    return None
+    first = str(element.key[0])
+    return number_of_name(first) if element.set == "source" else number_of_address(first)
 
 
 def _succeed(done: asyncio.Future[None]) -> None:

@@ -1,0 +1,393 @@
+"""Numbered network slots: prepared ahead, handed out by a deque operation, torn out and laid anew after use.
+
+    free ──claim──► preparing ──► ready ──take──► taken ──give_back──► returned ──► free
+                                                    │ ▲
+                           service ends, VM lives ──┘ └── adopt
+    free → preparing     the refill task claims the lowest free number of the host (claims.py) and lays it
+    preparing → ready    namespace, veth, tap, addresses are there (builder_process.py); nothing may pass yet
+    ready → taken        the claim names its owner; ``open_to`` puts its elements into the firewall
+    taken → returned     its elements are gone, so nothing passes any more
+    returned → free      namespace, interfaces, connections and counters are gone, then the claim
+
+A slot is never used twice as it is: tearing it out leaves nothing of the last guest to scrub.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from vmm_core.errors import BadRequest, HostUnfit, SlotsUnavailable
+from vmm_core.machine import Network
+from vmm_core.network import egress, host
+from vmm_core.network.addresses import SLOTS, Slot, slot
+from vmm_core.network.builder import Builder
+from vmm_core.network.claims import RUN_DIR, Claims, HostLock
+from vmm_core.network.firewall import Element, Firewall, usual_connections
+from vmm_core.network.names import Lookup, Names
+
+__all__ = ["SLOTS", "NetworkUsage", "Orphan", "Slot", "SlotPool", "slot"]
+
+_log = logging.getLogger(__name__)
+
+_CHUNK = 4
+"""Slots laid in one request: what a bandwidth limit or a tap has to wait for at most (25 ms)."""
+_TAKE_SECONDS = 30.0
+_TURN_SECONDS = 30.0
+_LOOK_SECONDS = 20.0
+_RETRY_SECONDS = 2.0
+
+
+class NetworkUsage(msgspec.Struct, frozen=True):
+    """What a machine sent and received since it got its slot."""
+
+    sent_bytes: int
+    sent_packets: int
+    received_bytes: int
+    received_packets: int
+
+
+class Orphan(msgspec.Struct, frozen=True):
+    """A slot that no living process holds and in which none lives. ``owner`` is whom its claim names, or ""."""
+
+    number: int
+    owner: str
+
+
+class _Place:
+    """What this process knows of a slot it prepared or adopted. ``lock`` orders changes of its elements."""
+
+    def __init__(self, place: Slot, tap: int = -1) -> None:
+        self.slot = place
+        self.tap = tap
+        self.lock = asyncio.Lock()
+        self.network = Network()
+        self.mbit: int | None = 0
+        self.elements: frozenset[Element] | None = frozenset()
+        """None: not known (adopted, or a change was interrupted); the kernel is asked."""
+
+    def close(self) -> None:
+        if self.tap >= 0:
+            os.close(self.tap)
+        self.tap = -1
+
+
+class SlotPool:
+    """The slots of one process. Open with ``SlotPool.open``; slots still taken at the end stay as they are."""
+
+    def __init__(self, size: int, resolvers: Sequence[str], run_dir: Path, lookup: Lookup | None) -> None:
+        self.size = size
+        self._resolvers = tuple(resolvers)
+        self._claims = Claims(run_dir)
+        self._lock = HostLock(run_dir)
+        self._forwarding = host.Forwarding(run_dir)
+        self._firewall = Firewall()
+        self._builder = Builder()
+        self._names = Names(lookup)
+        self._ready: deque[_Place] = deque()
+        self._taken: dict[int, _Place] = {}
+        self._returned: list[_Place] = []
+        self._own: frozenset[str] = frozenset()
+        self._routed: set[str] = set()
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._waiting = 0
+        self._failure: HostUnfit | None = None
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls,
+        size: int,
+        *,
+        resolvers: Sequence[str] | None = None,
+        run_dir: Path = RUN_DIR,
+        lookup: Lookup | None = None,
+    ) -> AsyncGenerator["SlotPool"]:
+        """A pool that keeps ``size`` slots ready. ``resolvers`` are IPv4 name servers for machines open to the
+        internet (None: the host's). Raises SlotsUnavailable when this host can not have slots."""
+        reason = await host.usable()
+        if reason is not None:
+            raise SlotsUnavailable(f"network slots can not be used: {reason}")
+        pool = cls(size, host.resolvers() if resolvers is None else resolvers, run_dir, lookup)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            await pool._join()
+            tasks = [asyncio.create_task(pool._keep_filled()), asyncio.create_task(pool._look_after())]
+            yield pool
+        finally:
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+            await pool._leave()
+
+    @property
+    def ready(self) -> int:
+        """How many slots could be handed out at once."""
+        return len(self._ready)
+
+    async def take(self, owner: str = "") -> Slot:
+        """A prepared slot, for ``owner`` (the VM's directory). Waits only when none is ready.
+
+        Raises SlotsExhausted when the host has no number left, SlotsUnavailable when none can be prepared.
+        """
+        if not self._ready:
+            await self._await_ready()
+        place = self._ready.popleft()
+        self._wake.set()
+        self._taken[place.slot.number] = place
+        self._claims.assign(place.slot.number, owner)
+        return place.slot
+
+    def assign(self, place: Slot, owner: str) -> None:
+        """Write down whose a taken slot is now (the VM's directory): what ``adopt`` will ask for."""
+        self._claims.assign(place.number, owner)
+
+    def check(self, network: Network) -> None:
+        """Raise BadRequest unless a slot can serve ``network`` without opening the host."""
+        egress.check_network(network, self._own)
+
+    async def give_back(self, given: Slot) -> None:
+        """Close the slot's network at once; the rest of it goes in the background. No process may live in it."""
+        place = self._taken.pop(given.number, None)
+        if place is None:
+            return
+        place.close()
+        try:
+            async with place.lock:
+                await self._replace(place, frozenset())
+        except SlotsUnavailable as error:
+            # Nothing passes without its interface, which goes in a moment; its elements are looked for then.
+            _log.warning("slot %d not closed yet: %s", given.number, error)
+        finally:
+            self._returned.append(place)
+            self._wake.set()
+
+    async def adopt(self, number: int, owner: str) -> Slot:
+        """Hold the slot of a VM that outlived its service. Raises BadRequest unless it is ``owner``'s and free.
+
+        ``open_to`` may follow; what the firewall holds for it stays in force until then.
+        """
+        place = _Place(slot(number))
+        found = self._claims.owner(number)
+        if found != owner:
+            raise BadRequest(
+                f"slot {number} is {found or 'nobody'}'s and not {owner}'s: its VM can not be adopted"
+            )
+        if not self._claims.take_over(number):
+            raise BadRequest(f"slot {number} is held by another process; one service at a time adopts a VM")
+        place.elements = place.mbit = None
+        self._taken[number] = place
+        return place.slot
+
+    async def open_to(self, given: Slot, network: Network) -> None:
+        """Open a taken slot to ``network`` and nothing else, in one transaction.
+
+        Raises BadRequest for a policy that would open the host, before anything changes.
+        """
+        place = self._taken[given.number]
+        egress.check_network(network, self._own)
+        targets = await self._names.targets(egress.names(network))
+        async with place.lock:
+            if place.mbit != network.mbit:
+                await self._builder.limit(given.number, network.mbit)
+                place.mbit = network.mbit
+            await self._apply(place, network, targets)
+
+    async def tap_fd(self, given: Slot) -> int:
+        """A descriptor of the slot's tap; the caller closes it. Only one can be open at a time."""
+        place = self._taken[given.number]
+        fd, place.tap = place.tap, -1
+        return fd if fd >= 0 else await self._builder.tap(given.number)
+
+    def usage(self, given: Slot) -> NetworkUsage:
+        """What the machine in the slot sent and received. Raises OSError when the slot is gone."""
+        return NetworkUsage(*host.counted(given))
+
+    def owner(self, number: int) -> str | None:
+        """Whom a claimed slot is for; None for a free one."""
+        return self._claims.owner(number)
+
+    async def orphans(self) -> list[Orphan]:
+        """Slots (claims, namespaces, interfaces, elements) that no living process holds and none lives in.
+
+        One may be an instant's: a slot that another process is claiming just now. Reap what is seen twice.
+        """
+        known = set(self._claims.numbers()) | host.laid() | set(await self._firewall.elements())
+        loose = {number for number in known if not self._claims.locked(number)}
+        living = await host.inhabited(loose)
+        return [Orphan(number, self._claims.owner(number) or "") for number in sorted(loose - living)]
+
+    async def reap(self, number: int) -> bool:
+        """Remove all there is of an orphan; False when it has an owner or a process by now."""
+        place = _Place(slot(number))
+        place.elements = None
+        if (
+            self._claims.locked(number)
+            or await host.inhabited([number])
+            or not self._claims.take_over(number)
+        ):
+            return False
+        await self._scrub([place])
+        return True
+
+    # -------------------------------------------------------------- the inside
+
+    async def _apply(self, place: _Place, network: Network, targets: Mapping[str, str]) -> None:
+        wanted = egress.elements(
+            place.slot, network, targets=targets, resolvers=self._resolvers, own=self._own
+        )
+        if egress.on_loopback(wanted):
+            host.serve_loopback(place.slot)
+        await self._replace(place, wanted)
+        place.network = network
+
+    async def _replace(self, place: _Place, wanted: frozenset[Element]) -> None:
+        held = place.elements
+        if held is None:
+            held = frozenset((await self._firewall.elements()).get(place.slot.number, ()))
+        if held != wanted:
+            place.elements = None  # until it is known that the change was made
+            await self._firewall.change(wanted - held, held - wanted)
+        place.elements = wanted
+
+    async def _await_ready(self) -> None:
+        self._failure = None
+        self._waiting += 1
+        self._wake.set()
+        try:
+            async with asyncio.timeout(_TAKE_SECONDS), self._changed:
+                await self._changed.wait_for(lambda: self._ready or self._failure)
+        except TimeoutError:
+            raise SlotsUnavailable(f"no network slot became ready within {_TAKE_SECONDS:.0f} s") from None
+        finally:
+            self._waiting -= 1
+        if not self._ready and self._failure is not None:
+            raise self._failure
+
+    async def _keep_filled(self) -> None:
+        while True:
+            if not self._returned and len(self._ready) >= self.size + self._waiting:
+                self._wake.clear()
+                await self._wake.wait()
+            try:
+                if self._returned and not self._waiting:
+                    returned, self._returned = self._returned, []
+                    await self._scrub(returned)
+                else:
+                    await self._prepare()
+            except HostUnfit as error:
+                _log.warning("no slot prepared: %s", error)
+                async with self._changed:
+                    self._failure = error
+                    self._changed.notify_all()
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _prepare(self) -> None:
+        missing = self.size + self._waiting - len(self._ready)
+        numbers = self._claims.new(min(missing, _CHUNK))
+        laid: dict[int, int] = {}
+        try:
+            laid, failed = await self._builder.build(numbers)
+        finally:
+            self._returned += [_Place(slot(number)) for number in numbers if number not in laid]
+        async with self._changed:
+            self._ready += [_Place(slot(number), tap) for number, tap in laid.items()]
+            self._changed.notify_all()
+        if failed:
+            number, why = next(iter(failed.items()))
+            raise SlotsUnavailable(f"slot {number} could not be laid: {why}")
+
+    async def _scrub(self, places: list[_Place]) -> None:
+        numbers = [place.slot.number for place in places]
+        try:
+            await self._builder.remove(numbers)
+            for place in places:
+                await self._replace(place, frozenset())
+            await self._firewall.forget_rates([place.slot.address for place in places])
+        except BaseException:
+            self._returned += places
+            raise
+        for number in numbers:
+            self._claims.release(number)
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            try:
+                await self.look_round()
+            except HostUnfit as error:
+                _log.warning("slots not looked after: %s", error)
+
+    async def look_round(self) -> None:
+        """Follow names that moved, routes that came, and a firewall that somebody flushed. Done by itself every
+        20 s."""
+        self._own = host.own_addresses()
+        flushed = not await self._firewall.exists()
+        routed = self._forwarding.on()
+        if flushed or routed != self._routed:
+            await self._firewall.load(usual_connections(), routed)
+            self._routed = routed
+        if flushed:
+            _log.warning("the firewall table was gone and is restored; %d slots in use", len(self._taken))
+        wanted = {number: egress.names(place.network) for number, place in self._taken.items()}
+        targets = await self._names.refresh(set[str]().union(*wanted.values()))
+        for number, names in wanted.items():
+            place = self._taken.get(number)
+            if place is not None and (flushed or names):
+                async with place.lock:
+                    await self._follow(place, targets, flushed=flushed)
+
+    async def _follow(self, place: _Place, targets: Mapping[str, str], *, flushed: bool) -> None:
+        if self._taken.get(place.slot.number) is not place or place.network.mode == "none":
+            return
+        if flushed:
+            place.elements = frozenset()
+        await self._apply(place, place.network, targets)
+
+    async def _turn(self) -> contextlib.ExitStack:
+        """Wait until no other process makes or removes the table."""
+        until = asyncio.get_running_loop().time() + _TURN_SECONDS
+        while True:
+            with contextlib.ExitStack() as stack:
+                if stack.enter_context(self._lock.try_turn()):
+                    return stack.pop_all()
+            if asyncio.get_running_loop().time() > until:
+                raise SlotsUnavailable(
+                    f"another process has held {RUN_DIR}/network.lock for {_TURN_SECONDS:.0f} s"
+                )
+            await asyncio.sleep(0.02)
+
+    async def _join(self) -> None:
+        with await self._turn():
+            self._lock.join()
+            self._own = host.own_addresses()
+            self._routed = self._forwarding.on()
+            await self._firewall.load(usual_connections(), self._routed)
+
+    async def _leave(self) -> None:
+        self._names.close()
+        try:
+            unused = [*self._ready, *self._returned]
+            for place in (*unused, *self._taken.values()):
+                place.close()
+            if unused:
+                await self._scrub(unused)
+            with await self._turn():
+                self._claims.leave()
+                if self._lock.alone() and not self._claims.numbers():
+                    await self._firewall.drop()
+                    self._forwarding.back()
+        except HostUnfit as error:
+            # What stays is nobody's: the next service finds it among the orphans.
+            _log.warning("slots left behind: %s", error)
+        finally:
+            await self._builder.close()
+            self._claims.leave()
+            self._lock.close()
