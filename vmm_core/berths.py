@@ -8,10 +8,10 @@ says what is missing.
 
 import asyncio
 import contextlib
+import os
 from collections import deque
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,11 +19,9 @@ from vmm_core.cgroup import Limits
 from vmm_core.errors import HostUnfit, VmmError
 from vmm_core.jail import Cell, CellSpec, Jailer
 from vmm_core.machine import MachineSpec, Network
-from vmm_core.network import user
+from vmm_core.network import host, user
 from vmm_core.network.addresses import Slot
-
-if TYPE_CHECKING:
-    from vmm_core.network.slots import SlotPool
+from vmm_core.network.slots import SlotPool
 
 READY = 8
 # Forks in a row shall not share the CPUs with the preparation of their successors.
@@ -33,8 +31,7 @@ _UNJAILED_UID = 65534
 
 
 class Berth(msgspec.Struct, frozen=True):
-    """Where one VM runs. ``slot`` is None for a plain process; ``tap`` is a descriptor of the slot's network card,
-    which stays the slot pool's."""
+    """Where one VM runs. ``slot`` is None for a plain process; ``tap`` is a descriptor of the slot's, while wired."""
 
     cell: Cell
     limits: Limits
@@ -45,7 +42,7 @@ class Berth(msgspec.Struct, frozen=True):
 class Berths:
     """Hands berths out and takes them back. Made by ``open_berths``."""
 
-    def __init__(self, jailer: Jailer, slots: "SlotPool | None", why: str, *, kvm: bool) -> None:
+    def __init__(self, jailer: Jailer, slots: SlotPool | None, why: str, *, kvm: bool) -> None:
         self.jailer = jailer
         self.slots = slots
         self.why = why
@@ -65,17 +62,28 @@ class Berths:
         else:
             self.slots.check(network)
 
-    async def take(self, machine: MachineSpec) -> Berth:
-        """A berth for a machine of this shape, from those prepared where one fits. Raises HostUnfit."""
-        limits = limits_of(machine)
-        self._usual = limits
-        self._fill_soon()
-        while self._ready:
-            berth = self._ready.popleft()
-            if berth.limits == limits and berth.cell.waiting:
-                return berth
-            await self.give_back(berth)
-        return await self._prepare(limits)
+    async def take(self, machine: MachineSpec, owner: Path) -> Berth:
+        """A berth for the VM in the directory ``owner``, from those prepared where one fits. Raises HostUnfit."""
+        berth = await self._take(limits_of(machine))
+        if self.slots is not None and berth.slot is not None:
+            self.slots.assign(berth.slot, str(owner))
+        return berth
+
+    async def adopt(self, number: int, owner: Path) -> Slot | None:
+        """The slot of a VM that outlived its service. Raises BadRequest when it is not that VM's."""
+        return None if self.slots is None else await self.slots.adopt(number, str(owner))
+
+    @contextlib.asynccontextmanager
+    async def wired(self, berth: Berth, network: Network) -> AsyncGenerator[Berth]:
+        """The berth with a descriptor of its slot's tap, for a VMM to be started with."""
+        if self.slots is None or berth.slot is None or network.mode == "none":
+            yield berth
+            return
+        tap = await self.slots.tap_fd(berth.slot)
+        try:
+            yield msgspec.structs.replace(berth, tap=tap)
+        finally:
+            os.close(tap)
 
     async def open(self, berth: Berth, network: Network) -> None:
         """Let what runs there reach what ``network`` says, and nothing else."""
@@ -85,11 +93,12 @@ class Berths:
     async def give_back(self, berth: Berth) -> None:
         """Nothing runs in it any more, or nothing ever did."""
         await berth.cell.discard()
-        if berth.slot is not None:
-            await self.release(berth.slot)
+        await self.release(berth.slot)
 
-    async def release(self, slot: Slot) -> None:
-        """Give the slot of an ended VM back."""
+    async def release(self, slot: Slot | None) -> None:
+        """Give the slot of an ended VM back, with its control groups."""
+        if slot is None:
+            return
         with contextlib.suppress(OSError, TimeoutError):
             await self.jailer.cgroups.remove(slot.number)
         if self.slots is not None:
@@ -103,18 +112,28 @@ class Berths:
         self._ready.clear()
         await self.jailer.close()
 
+    async def _take(self, limits: Limits) -> Berth:
+        self._usual = limits
+        self._fill_soon()
+        while self._ready:
+            berth = self._ready.popleft()
+            if berth.limits == limits and berth.cell.waiting:
+                return berth
+            await self.give_back(berth)
+        return await self._prepare(limits)
+
     async def _prepare(self, limits: Limits) -> Berth:
         if self.slots is None:
             cell = await self.jailer.prepare(CellSpec(number=0, uid=_UNJAILED_UID, limits=limits))
             return Berth(cell=cell, limits=limits)
-        slot, tap = await self.slots.take()
+        slot = await self.slots.take()
         try:
             spec = CellSpec(number=slot.number, uid=slot.uid, limits=limits, netns=slot.netns, kvm=self._kvm)
             cell = await self.jailer.prepare(spec)
         except BaseException:
             await self.release(slot)
             raise
-        return Berth(cell=cell, limits=limits, slot=slot, tap=tap)
+        return Berth(cell=cell, limits=limits, slot=slot)
 
     def _fill_soon(self) -> None:
         if self._filling is None or self._filling.done():
@@ -135,14 +154,14 @@ async def open_berths(
     """The berths of this host for VMMs of ``program``. ``slots``: whether to use network slots and jails
     (None: where the host can; True: HostUnfit where it cannot)."""
     async with contextlib.AsyncExitStack() as stack:
-        why = "plain processes were asked for" if slots is False else "slots are being built"
+        why = "plain processes were asked for" if slots is False else await host.usable()
         jailer = await Jailer.open(data_dir, program, unless=why)
         stack.push_async_callback(jailer.close)
         if why is None and not jailer.jailed:
             why = jailer.why
         if why is not None and slots:
             raise HostUnfit(f"network slots and jails cannot be used on this host: {why}")
-        pool = None if why is not None else None
+        pool = None if why is not None else await stack.enter_async_context(SlotPool.open(READY))
         berths = Berths(jailer, pool, why or "", kvm=kvm)
         try:
             yield berths

@@ -246,9 +246,16 @@ class Engine:
             revived = time.perf_counter()
             self._on_step("record")
             record = self._record(
-                place, berth, identity, driver_vm, machine, manifest.accel, metadata,
-                parent=parent, template=manifest.labels.get("template") or self._name_of(manifest.digest),
-            )  # fmt: skip
+                place,
+                berth,
+                identity,
+                driver_vm,
+                machine,
+                manifest.accel,
+                metadata,
+                parent=parent,
+                template=manifest.labels.get("template") or self._name_of(manifest.digest),
+            )
             capture = Console(place.directory, CONSOLE_SOCKET)
             undo.push_async_callback(capture.close)
             self._on_step("done")
@@ -266,7 +273,7 @@ class Engine:
                 functools.partial(berths.release, berth.slot),
                 self._gone,
                 self._live,
-            )  # fmt: skip
+            )
         )
 
     async def snapshot(
@@ -444,7 +451,7 @@ class Engine:
                 functools.partial(berths.release, berth.slot),
                 self._gone,
                 self._live,
-            )  # fmt: skip
+            )
         )
 
     async def check_network(self, network: Network) -> None:
@@ -673,7 +680,7 @@ class Engine:
                 release,
                 self._gone,
                 self._live,
-            )  # fmt: skip
+            )
         )
 
     async def _adopt_berth(self, record: VmRecord, directory: Path) -> Callable[[], Awaitable[None]]:
