@@ -82,6 +82,7 @@ class Api:
         readiness: Callable[[], Awaitable[Readiness]],
         vms: Callable[[], Awaitable[list[views.VmView]]],
         kill: Callable[[str], Awaitable[None]],
+        measure: Callable[[], None] = lambda: None,
     ) -> None:
         self.store = store
         self.logs = logs
@@ -89,6 +90,7 @@ class Api:
         self.readiness = readiness
         self.vms = vms
         self.kill = kill
+        self.measure = measure
         self.started = time.monotonic()
 
     def app(self, routers: Sequence[Router] = ()) -> Litestar:
@@ -121,6 +123,7 @@ class Api:
             counts = await self.store.read(q.runner_counts)
             for state in ("wanted", "forking", "registering", "idle", "busy", "retiring"):
                 self.metrics.runners.labels(state).set(counts.get(state, 0))
+            self.measure()
             return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
         @get("/jobs")

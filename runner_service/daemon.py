@@ -43,6 +43,7 @@ from runner_service.scheduler import Scheduler
 from runner_service.settings import GitHubSettings, Settings, SettingsError, read_secret, webhook_secrets
 from runner_service.store import queries as q
 from runner_service.store.store import Store, sqlite_url
+from vmm_core.accounting import host_available_mib
 from vmm_core.engine import Engine
 from vmm_core.errors import UnknownTemplate, VmmError
 from vmm_core.machine import EgressRule
@@ -127,7 +128,7 @@ class Service:
         )
         scope_of = github_forge.scope_chooser(settings.github or GitHubSettings())
         decider = Decider(rules, interpret=interpret, scope_of=scope_of, templates=self._catalog.templates)
-        memory = runners.memory_mib or _available_memory_mib() * 8 // 10
+        memory = runners.memory_mib or host_available_mib() * 8 // 10
         self.scheduler = Scheduler(
             store=store,
             flow=flow,
@@ -181,6 +182,7 @@ class Service:
             readiness=self._readiness,
             vms=self._vms,
             kill=self.scheduler.kill,
+            measure=self._measure,
         )
         routers: list[Any] = []
         github = self._settings.github
@@ -255,15 +257,25 @@ class Service:
             if record.id in own:
                 with contextlib.suppress(VmmError, OSError):
                     usage = await own[record.id].usage()
+            else:
+                usage = await asyncio.to_thread(views.read_usage, record, self._engine.pool.vms)
             found.append(views.vm_view(record, runners.get(record.metadata.get("runner_id", "")), usage))
         return found
 
+    def _measure(self) -> None:
+        """The running VMs by their last readings, which the engine takes anyway: a scrape costs nothing."""
+        self._metrics.live(
+            ((vm.record.template, vm.last_usage) for vm in self._engine.vms()),
+            {template.name: template.need_mib << 20 for template in self._catalog.templates()},
+        )
+
 
 class EngineCatalog:
-    """The baked templates, read again only when a name changed."""
+    """The baked templates, read again only when a name changed; what their forks need is what was learned of them."""
 
     def __init__(self, engine: Engine) -> None:
         self._store = engine.snapshots
+        self._working_sets = engine.ledger.working_sets
         self._names: dict[str, str] | None = None
         self._templates: tuple[Template, ...] = ()
 
@@ -283,7 +295,10 @@ class EngineCatalog:
                 for t in baked_templates(self._store)
             )
             self._names = names
-        return self._templates
+        learned = self._working_sets
+        return [
+            msgspec.structs.replace(t, need_mib=learned.need_mib(t.name, t.need_mib)) for t in self._templates
+        ]
 
 
 class _Server(uvicorn.Server):
@@ -404,10 +419,3 @@ def _announce(data_dir: Path, listening: socket.socket) -> None:
     draft = data_dir / f".{SERVICE_FILE}"
     draft.write_bytes(msgspec.json.encode({"address": _address(listening), "pid": os.getpid()}))
     draft.replace(data_dir / SERVICE_FILE)
-
-
-def _available_memory_mib() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) >> 10
-    return 0

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from vmm_core.machine import EgressRule
+from vmm_core.machine import EgressRule, VmExit, VmUsage
 
 JobState = Literal["waiting", "queued", "in_progress", "completed"]
 RunnerState = Literal["wanted", "forking", "registering", "idle", "busy", "retiring", "gone"]
@@ -107,6 +107,7 @@ class Runner(msgspec.Struct, frozen=True, kw_only=True):
 
     Only the runner's own task writes ``state``; others write facts (``serving_job_id``, ``job_done_at``,
     ``cancelled_at``, ``killed_at``), which are read before each step. ``code`` and ``reason`` say why it retires.
+    ``usage`` is what its VM cost in all, once it has ended.
     """
 
     id: str
@@ -136,6 +137,7 @@ class Runner(msgspec.Struct, frozen=True, kw_only=True):
     code: str | None = None
     reason: str | None = None
     exit_code: int | None = None
+    usage: VmUsage | None = None
     ended_at: float | None = None
     lease_owner: str | None = None
     lease_until: float | None = None
@@ -172,6 +174,14 @@ class TimelineRow(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     waits_for: str | None = None
     ms: float | None = None
+
+
+class Ending(msgspec.Struct, frozen=True):
+    """How a runner's VM ended, with the evidence; a row of its own, because it may be some KiB large."""
+
+    runner_id: str
+    at: float
+    exit: VmExit
 
 
 class Template(msgspec.Struct, frozen=True):

@@ -46,7 +46,7 @@ from runner_service.joblog import JobLogs
 from runner_service.live import EXEC_ID, Live
 from runner_service.ports import Catalog, Forge, Hypervisor, RunnerVm
 from vmm_core.errors import GuestRefused, UnknownVm, VmmError
-from vmm_core.machine import EgressRule, GuestFile
+from vmm_core.machine import EgressRule, GuestFile, VmUsage
 
 log = structlog.get_logger("flow")
 T = TypeVar("T")
@@ -55,6 +55,7 @@ _REGISTER_PAUSES = (0.25, 1.0, 3.0)
 _LOOK_EVERY = (2.0, 5.0, 10.0, 15.0)
 _BUSY_EVERY = 15.0
 _RETRY_EVERY = 5.0
+_ENDING_SECONDS = 5.0
 
 
 class Flow:
@@ -346,6 +347,9 @@ class Flow:
         had_vm = live.vm is not None or vm_id is not None
         if live.vm is not None:
             await live.vm.destroy()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ENDING_SECONDS):
+                    live.ended = live.ending = await live.vm.wait()
         elif vm_id is not None:
             with contextlib.suppress(UnknownVm):
                 await self._hypervisor.destroy(vm_id)
@@ -354,7 +358,18 @@ class Flow:
         self._logs.close(runner.id)
         live.changes["vm_id"] = None
         if had_vm:
-            live.note(runner, self.clock(), "destroyed", "the VM and all it held are given back")
+            await self._tell_end(runner, live)
+
+    async def _tell_end(self, runner: Runner, live: Live) -> None:
+        """What the VM cost, and what its kernel complained of, as lines of the job's story."""
+        ending = live.ending
+        if ending is not None and ending.guest_oom:
+            live.note(runner, self.clock(), "guest out of memory", ending.guest_oom)
+        cost = spent(ending.usage) if ending is not None and ending.usage is not None else ""
+        live.note(runner, self.clock(), "destroyed", f"the VM and all it held are given back{cost}")
+        job_id = runner.serving_job_id or runner.job_id
+        job = await self._job(job_id) if job_id is not None else None
+        live.repository = f"{job.owner}/{job.repo}" if job is not None else runner.scope_path
 
     async def _gone(self, runner: Runner, live: Live) -> Answer:
         del runner, live  # nothing is left to look at
@@ -392,3 +407,15 @@ class Flow:
                 live.said = str(error)
                 live.note(runner, self.clock(), "forge failed", str(error))
             return None
+
+
+def spent(usage: VmUsage) -> str:
+    """What a VM cost in all, as the end of a sentence."""
+    mib = 1 << 20
+    parts = [f"{usage.cpu_seconds:.1f} s of CPU"]
+    if usage.peak_bytes:
+        parts.append(f"{usage.peak_bytes / mib:.0f} MiB of memory of its own")
+    parts.append(f"{usage.disk_write_bytes / mib:.0f} MiB written")
+    if usage.net_sent_bytes or usage.net_received_bytes:
+        parts.append(f"{(usage.net_sent_bytes + usage.net_received_bytes) / mib:.1f} MiB over the network")
+    return f"; it took {', '.join(parts)}"

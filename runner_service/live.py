@@ -31,6 +31,11 @@ class Live:
         self.process: GuestProcess | None = None
         self.exit: ExecResult | None = None
         self.ended: VmExit | None = None
+        # The same, or what was found of a VM that ended unseen: to be written down with the next transition.
+        self.ending: VmExit | None = None
+        self.ending_kept = False
+        self.repository: str | None = None
+        self.vm_since: float | None = None
         self.lost: str | None = None
         self.lost_code = "vm_lost"
         self.listening = False
@@ -64,6 +69,7 @@ class Live:
     def take_vm(self, vm: RunnerVm) -> None:
         """Own ``vm`` from now on, and hear of its end."""
         self.vm = vm
+        self.vm_since = vm.record.created_at
         self._tasks["vm"] = asyncio.create_task(self._watch_vm(vm), name=f"vm-{self.runner_id}")
 
     def lose(self, reason: str, code: str = "vm_lost") -> None:
@@ -85,7 +91,7 @@ class Live:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _watch_vm(self, vm: RunnerVm) -> None:
-        self.ended = await vm.wait()
+        self.ended = self.ending = await vm.wait()
         self.wake()
 
     async def _pump(self, process: GuestProcess, joblog: JobLog) -> None:

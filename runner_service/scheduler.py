@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from runner_service import demand
 from runner_service.decide import Decider, Decision
-from runner_service.domain import Answer, Done, Goto, Host, JobEvent, Runner, Wait, timeline
+from runner_service.domain import Answer, Done, Ending, Goto, Host, JobEvent, Runner, Wait, timeline
 from runner_service.facts import BENIGN, Limits
 from runner_service.flow import Flow
 from runner_service.live import Live
@@ -139,7 +139,9 @@ class Scheduler:
             live.note(runner, self._clock(), "adopted", f"VM {vm.id} after a restart of the service")
         if runner.state in ("registering", "idle", "busy"):
             if vm is None:
-                live.lose("the VM did not survive the restart of the service")
+                live.ending = self._hypervisor.ending(runner.vm_id) if runner.vm_id is not None else None
+                how = f": {live.ending.reason}" if live.ending is not None else ""
+                live.lose(f"the VM did not survive the restart of the service{how}")
             elif not await self._attached(runner, live):
                 live.lose("the runner process is not there any more", "runner_lost")
 
@@ -331,6 +333,9 @@ class Scheduler:
         now = self._clock()
         values = dict(live.changes)
         lines = list(live.lines)
+        ending = live.ending if not live.ending_kept else None
+        if ending is not None:
+            values["usage"] = ending.usage
         if isinstance(answer, Goto):
             values |= self._entering(answer, now)
             entered = msgspec.structs.replace(runner, **values)
@@ -350,13 +355,18 @@ class Scheduler:
             )
             if stepped is not None:
                 await q.add_timeline(db, lines)
+                if ending is not None:
+                    await q.keep_ending(db, Ending(runner.id, now, ending))
             return stepped
 
         after = await self._store.write(work)
         live.changes = {}
         live.lines = []
+        live.ending_kept = live.ending_kept or ending is not None
         if isinstance(answer, Goto) and after is not None:
             self._entered(runner, answer, now, live.retry_at)
+            if answer.state == "gone":
+                self._metrics.spent(live.repository, live.ending, since=live.vm_since, now=now)
         return after
 
     def _entering(self, answer: Goto, now: float) -> dict[str, object]:

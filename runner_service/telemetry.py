@@ -2,10 +2,13 @@
 
 import logging
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from vmm_core.machine import VmExit, VmUsage
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 21600)
 
@@ -37,6 +40,30 @@ def configure_logging(format_: Literal["auto", "json", "console"], level: str) -
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
     for noisy in ("httpx", "httpcore", "aiosqlite", "sqlalchemy.engine"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+LABELS_KEPT = 200
+OTHER = "other"
+
+
+class Names:
+    """Values of one label, kept few: the first 200 that come up since the start; all later ones are ``other``.
+
+    A forge can have any number of repositories, and each label value is a time series for ever.
+    """
+
+    def __init__(self, most: int = LABELS_KEPT) -> None:
+        self._most = most
+        self._known: set[str] = set()
+
+    def of(self, name: str | None) -> str:
+        if name is None:
+            return OTHER
+        if name not in self._known:
+            if len(self._known) >= self._most:
+                return OTHER
+            self._known.add(name)
+        return name
 
 
 class Metrics:
@@ -76,6 +103,75 @@ class Metrics:
         self.vms = Gauge("microvm_vms", "VMs of this host.", registry=self.registry)
         self.room = Gauge("microvm_room_vms", "VMs this host could still take.", registry=self.registry)
         self.rss = Gauge("microvm_service_rss_bytes", "Memory of the service itself.", registry=self.registry)
+        self._repositories = Names()
+        self._templates = Names()
+        live, ended = ["template"], ["repository"]
+        self.vms_live = self._gauge("microvm_vms_live", "VMs of this service that run.", live)
+        self.vm_memory = self._gauge(
+            "microvm_vm_memory_bytes",
+            "Memory of the running VMs: the guests' own pages (private), those they share with their parents "
+            "(shared), their share of all (pss), and the VMMs' own (vmm).",
+            [*live, "kind"],
+        )
+        self.vm_disk = self._gauge("microvm_vm_disk_bytes", "Disk blocks only the running VMs hold.", live)
+        self.need = self._gauge(
+            "microvm_template_need_bytes", "Memory that one more fork is expected to need, as learned.", live
+        )
+        self.ends = Counter("microvm_vm_ends", "VMs that ended, by cause.", ["cause"], registry=self.registry)
+        self.cpu = self._counter("microvm_repository_cpu_seconds", "CPU time of ended VMs.", ended)
+        self.vm_seconds = self._counter("microvm_repository_vm_seconds", "Life time of ended VMs.", ended)
+        self.memory_seconds = self._counter(
+            "microvm_repository_memory_mib_seconds",
+            "Life time of ended VMs × their peak of own memory.",
+            ended,
+        )
+        self.disk = self._counter(
+            "microvm_repository_disk_bytes", "Storage I/O of ended VMs.", [*ended, "direction"]
+        )
+        self.network = self._counter(
+            "microvm_repository_network_bytes", "Network traffic of ended VMs.", [*ended, "direction"]
+        )
+
+    def _gauge(self, name: str, what: str, labels: list[str]) -> Gauge:
+        return Gauge(name, what, labels, registry=self.registry)
+
+    def _counter(self, name: str, what: str, labels: list[str]) -> Counter:
+        return Counter(name, what, labels, registry=self.registry)
+
+    def live(self, readings: Iterable[tuple[str | None, VmUsage | None]], needs: Mapping[str, int]) -> None:
+        """Show the running VMs, each as its template and its last reading, and the bytes each template needs."""
+        for gauge in (self.vms_live, self.vm_memory, self.vm_disk, self.need):
+            gauge.clear()
+        for name, usage in readings:
+            template = self._templates.of(name)
+            self.vms_live.labels(template).inc()
+            if usage is not None:
+                for kind, count in (
+                    ("private", usage.private_dirty_bytes), ("shared", usage.shared_bytes),
+                    ("pss", usage.pss_bytes), ("vmm", usage.vmm_private_bytes),
+                ):  # fmt: skip
+                    self.vm_memory.labels(template, kind).inc(count)
+                self.vm_disk.labels(template).inc(usage.disk_private_bytes)
+        for name, need in needs.items():
+            self.need.labels(self._templates.of(name)).set(need)
+
+    def spent(
+        self, repository: str | None, ending: VmExit | None, *, since: float | None, now: float
+    ) -> None:
+        """Put what an ended VM cost on the account of ``repository``."""
+        if ending is None:
+            return
+        self.ends.labels(ending.cause).inc()
+        name, usage = self._repositories.of(repository), ending.usage
+        seconds = max(0.0, now - since) if since is not None else 0.0
+        self.vm_seconds.labels(name).inc(seconds)
+        if usage is not None:
+            self.cpu.labels(name).inc(usage.cpu_seconds)
+            self.memory_seconds.labels(name).inc(seconds * usage.peak_bytes / (1 << 20))
+            self.disk.labels(name, "read").inc(usage.disk_read_bytes)
+            self.disk.labels(name, "written").inc(usage.disk_write_bytes)
+            self.network.labels(name, "sent").inc(usage.net_sent_bytes)
+            self.network.labels(name, "received").inc(usage.net_received_bytes)
 
 
 class DeliveryCounters:

@@ -1,15 +1,23 @@
 """What the API and the command line show of jobs, runners and VMs: the same values for both."""
 
+from pathlib import Path
+
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from runner_service.domain import Job, Runner, TimelineRow
+from runner_service.domain import Ending, Job, Runner, TimelineRow
 from runner_service.store import queries as q
-from vmm_core.machine import VmRecord, VmUsage
+from vmm_core import accounting
+from vmm_core.drivers.base import DISK
+from vmm_core.errors import VmmError
+from vmm_core.machine import VmExit, VmRecord, VmUsage
 
 
 class JobView(msgspec.Struct, frozen=True, kw_only=True):
-    """A job with its runner. Times are Unix seconds; ``waits_for`` says why it is not running yet."""
+    """A job with its runner. Times are Unix seconds; ``waits_for`` says why it is not running yet.
+
+    ``usage`` is what the job's VM cost in all, once it has ended.
+    """
 
     id: str
     name: str
@@ -27,10 +35,11 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     queued_at: float
     started_at: float | None
     completed_at: float | None
+    usage: VmUsage | None = None
 
 
 class RunnerView(msgspec.Struct, frozen=True, kw_only=True):
-    """One runner that was made for a job or served it."""
+    """One runner that was made for a job or served it. ``ending`` is how its VM ended, with the evidence."""
 
     id: str
     state: str
@@ -41,6 +50,8 @@ class RunnerView(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None
     waits_for: str | None
     exit_code: int | None
+    usage: VmUsage | None = None
+    ending: VmExit | None = None
 
 
 class Story(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +63,10 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VmView(msgspec.Struct, frozen=True, kw_only=True):
-    """One VM of the host. Memory in bytes of the guest's mapping; ``runner``/``job`` when it serves one."""
+    """One VM of the host, what it costs (None: nobody could read it), and its tags; ``runner``/``job`` it serves.
+
+    Sizes are those of ``VmUsage``: bytes of the guest's mapping, and apart from them the VMM's own heap.
+    """
 
     id: str
     template: str | None
@@ -65,8 +79,17 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     runner_state: str | None = None
     job: str | None = None
     private_dirty_bytes: int | None = None
+    shared_bytes: int | None = None
     pss_bytes: int | None = None
+    vmm_private_bytes: int | None = None
+    peak_bytes: int | None = None
     cpu_seconds: float | None = None
+    disk_private_bytes: int | None = None
+    disk_read_bytes: int | None = None
+    disk_write_bytes: int | None = None
+    net_sent_bytes: int | None = None
+    net_received_bytes: int | None = None
+    metadata: dict[str, str] = {}
 
 
 async def list_jobs(db: AsyncConnection, *, limit: int, state: str | None = None) -> list[JobView]:
@@ -83,9 +106,10 @@ async def story(db: AsyncConnection, ref: str) -> Story | None:
         return None
     runners = await q.runners_of_job(db, job.id)
     lines = await q.timeline_of_job(db, job.id)
+    endings = await q.endings_of(db, [runner.id for runner in runners])
     return Story(
         job=job_view(job, runner_of(job, runners)),
-        runners=tuple(runner_view(runner) for runner in runners),
+        runners=tuple(runner_view(runner, endings.get(runner.id)) for runner in runners),
         timeline=tuple(lines),
     )
 
@@ -121,10 +145,11 @@ def job_view(job: Job, runner: Runner | None) -> JobView:
         queued_at=job.event_at,
         started_at=job.started_at,
         completed_at=job.completed_at,
+        usage=runner.usage if runner is not None else None,
     )
 
 
-def runner_view(runner: Runner) -> RunnerView:
+def runner_view(runner: Runner, ending: Ending | None = None) -> RunnerView:
     return RunnerView(
         id=runner.id,
         state=runner.state,
@@ -135,6 +160,8 @@ def runner_view(runner: Runner) -> RunnerView:
         reason=runner.reason,
         waits_for=runner.waits_for,
         exit_code=runner.exit_code,
+        usage=runner.usage,
+        ending=ending.exit if ending is not None else None,
     )
 
 
@@ -150,7 +177,14 @@ def vm_view(record: VmRecord, runner: Runner | None = None, usage: VmUsage | Non
         runner=runner.id if runner is not None else record.metadata.get("runner_id"),
         runner_state=runner.state if runner is not None else None,
         job=(runner.serving_job_id or runner.job_id) if runner is not None else None,
-        private_dirty_bytes=usage.private_dirty_bytes if usage is not None else None,
-        pss_bytes=usage.pss_bytes if usage is not None else None,
-        cpu_seconds=usage.cpu_seconds if usage is not None else None,
+        metadata=record.metadata,
+        **(msgspec.structs.asdict(usage) if usage is not None else {}),
     )
+
+
+def read_usage(record: VmRecord, vms: Path) -> VmUsage | None:
+    """What a VM costs now, whoever owns it; ``vms`` holds the VMs' directories. None: ended, or not ours to read."""
+    try:
+        return accounting.usage(record.pid, vms / record.id / DISK, start_ticks=record.start_ticks)
+    except (VmmError, OSError):
+        return None

@@ -56,6 +56,7 @@ from vmm_core.machine import (
     Manifest,
     Network,
     Snapshot,
+    VmExit,
     VmRecord,
 )
 from vmm_core.network.egress import virtual_hosts
@@ -349,6 +350,10 @@ class Engine:
     def vms(self) -> list[RunningVm]:
         """The VMs this process owns."""
         return list(self._vms.values())
+
+    def ending(self, vm_id: str) -> VmExit | None:
+        """How a VM ended that ``adopt`` found dead; None when nothing is known of it."""
+        return self.ledger.ending(vm_id)
 
     async def destroy(self, vm_id: str) -> None:
         """End a VM, whoever owns it (its owner sees it end). UnknownVm when there is none of that id."""

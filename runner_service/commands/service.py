@@ -8,7 +8,10 @@ from datetime import datetime
 from runner_service import client, views
 from runner_service.commands import show
 from runner_service.settings import Settings
+from vmm_core.console import last_words
 from vmm_core.engine import Engine
+
+_CONSOLE_CHARS = 2000
 
 
 async def ps(settings: Settings, api: str | None, *, as_json: bool) -> int:
@@ -24,19 +27,36 @@ async def ps(settings: Settings, api: str | None, *, as_json: bool) -> int:
         return 0
     rows = [
         (vm.id, vm.template, vm.runner, vm.runner_state, vm.job, vm.pid, f"{vm.vcpus}×{vm.memory_mib}",
-         show.mib(vm.private_dirty_bytes), show.ago(vm.created_at))
+         show.mib(vm.private_dirty_bytes), show.mib(vm.shared_bytes), show.mib(vm.pss_bytes),
+         show.mib(vm.vmm_private_bytes), show.seconds(vm.cpu_seconds), show.mib(vm.disk_private_bytes),
+         show.both(vm.disk_read_bytes, vm.disk_write_bytes), show.both(vm.net_sent_bytes, vm.net_received_bytes),
+         show.ago(vm.created_at), show.left(vm.expires_at), _tags(vm))
         for vm in found
     ]  # fmt: skip
-    columns = ("VM", "TEMPLATE", "RUNNER", "STATE", "JOB", "PID", "CPU×MIB", "PRIVATE MIB", "AGE")
-    show.table(columns, rows, empty="no VM runs", right=("PID", "PRIVATE MIB", "AGE"))
+    numbers = (
+        "PID", "PRIVATE MIB", "SHARED", "PSS", "VMM", "CPU S", "DISK MIB", "R/W MIB", "NET S/R MIB", "AGE", "LEFT",
+    )  # fmt: skip
+    columns = ("VM", "TEMPLATE", "RUNNER", "STATE", "JOB", "PID", "CPU×MIB", *numbers[1:], "TAGS")
+    show.table(columns, rows, empty="no VM runs", right=numbers)
     return 0
+
+
+def _tags(vm: views.VmView) -> str:
+    """What the caller said of it, but for the runner and the job, which have columns of their own."""
+    return " ".join(
+        f"{key}={value}" for key, value in vm.metadata.items() if value not in (vm.runner, vm.job)
+    )
 
 
 async def _vms_of(settings: Settings) -> list[views.VmView]:
     if not settings.data_dir.is_dir():
         return []
     async with Engine.open(settings.data_dir) as engine:
-        return [views.vm_view(record) for record in engine.records()]
+        vms = engine.pool.vms
+        return [
+            views.vm_view(record, usage=await asyncio.to_thread(views.read_usage, record, vms))
+            for record in engine.records()
+        ]
 
 
 async def jobs(settings: Settings, api: str | None, limit: int, *, as_json: bool) -> int:
@@ -47,11 +67,14 @@ async def jobs(settings: Settings, api: str | None, limit: int, *, as_json: bool
         return 0
     rows = [
         (job.id, job.repository, job.name, job.conclusion or job.state, job.template, job.runner,
-         show.ago(job.queued_at), job.waits_for)
+         show.ago(job.queued_at), show.seconds(job.usage and job.usage.cpu_seconds),
+         show.mib(job.usage and job.usage.peak_bytes), job.waits_for)
         for job in found
     ]  # fmt: skip
-    columns = ("JOB", "REPOSITORY", "NAME", "STATE", "TEMPLATE", "RUNNER", "QUEUED", "WAITS FOR")
-    show.table(columns, rows, empty="no job was seen yet", right=("QUEUED",))
+    columns = (
+        "JOB", "REPOSITORY", "NAME", "STATE", "TEMPLATE", "RUNNER", "QUEUED", "CPU S", "PEAK MIB", "WAITS FOR",
+    )  # fmt: skip
+    show.table(columns, rows, empty="no job was seen yet", right=("QUEUED", "CPU S", "PEAK MIB"))
     return 0
 
 
@@ -75,7 +98,35 @@ async def why(settings: Settings, api: str | None, job: str, *, as_json: bool) -
     show.table(
         ("AT", "MS", "STEP", "RUNNER", "WHY", "WAITS FOR"), rows, empty="nothing happened yet", right=("MS",)
     )
+    for runner in shown_runners(story):
+        _evidence(runner)
     return 0
+
+
+def shown_runners(story: views.Story) -> list[views.RunnerView]:
+    """Those whose VM ended otherwise than by our own hand, or ran out of memory inside."""
+    return [
+        runner
+        for runner in story.runners
+        if runner.ending is not None
+        and (runner.ending.cause not in ("destroyed", "expired") or runner.ending.guest_oom)
+    ]
+
+
+def _evidence(runner: views.RunnerView) -> None:
+    """How a VM ended that should not have; console and events are hostile text, control characters are out of them."""
+    ending = runner.ending
+    if ending is None:
+        return
+    how = f"signal {ending.signal}" if ending.signal is not None else f"status {ending.code}"
+    sys.stdout.write(f"\nVM of {runner.id}: {ending.cause} ({how}): {ending.reason}\n")
+    if ending.guest_oom:
+        sys.stdout.write(f"  in the guest: {ending.guest_oom}\n")
+    for event in ending.events:
+        at = datetime.fromtimestamp(event.at).strftime("%H:%M:%S.%f")[:-3]
+        sys.stdout.write(f"  VMM {at} {event.name} {event.detail}\n")
+    for line in last_words(ending.panic or ending.console_tail, _CONSOLE_CHARS).splitlines():
+        sys.stdout.write(f"  console {line}\n")
 
 
 async def logs(settings: Settings, api: str | None, job: str, *, follow: bool) -> int:

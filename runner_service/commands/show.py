@@ -54,6 +54,20 @@ def mib(count: int | None) -> str:
     return "-" if count is None else f"{count / (1 << 20):.1f}"
 
 
+def both(first: int | None, second: int | None) -> str:
+    """Two sizes in MiB as ``1.0/2.5``."""
+    return "-" if first is None or second is None else f"{mib(first)}/{mib(second)}"
+
+
+def seconds(count: float | None) -> str:
+    return "-" if count is None else f"{count:.1f}"
+
+
+def left(until: float) -> str:
+    """``12s``, ``3m``, ``2h`` until Unix time ``until``."""
+    return span(max(0.0, until - time.time()))
+
+
 def for_terminal(data: bytes) -> bytes:
     """``data`` without what could move the cursor, retitle the window or worse; colours stay."""
     return _ESCAPES.sub(lambda found: b"" if found.group(1) is not None else found.group(0), data)

@@ -8,8 +8,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from runner_service.domain import Host, Job, Runner, TimelineRow
-from runner_service.store.schema import hosts, inbox, jobs, locks, runners, timeline
+from runner_service.domain import Ending, Host, Job, Runner, TimelineRow
+from runner_service.store.schema import endings, hosts, inbox, jobs, locks, runners, timeline
 
 T = TypeVar("T", bound=msgspec.Struct)
 _CHUNK = 500
@@ -36,6 +36,7 @@ _JOB = _columns(jobs, Job)
 _RUNNER = _columns(runners, Runner)
 _DELIVERY = _columns(inbox, InboxRow)
 _LINE = _columns(timeline, TimelineRow)
+_ENDING = _columns(endings, Ending)
 
 
 # ── the scheduler's mutual exclusion ─────────────────────────────────────────────────────────────
@@ -309,6 +310,22 @@ async def timeline_of_job(db: AsyncConnection, job_id: str, limit: int = 500) ->
     return [_as(row, TimelineRow) for row in await db.execute(query)]
 
 
+async def keep_ending(db: AsyncConnection, ending: Ending) -> None:
+    """Keep how a runner's VM ended; the last word counts."""
+    values = msgspec.structs.asdict(ending)
+    insert = _insert(db, endings).values(**values)
+    await db.execute(insert.on_conflict_do_update(index_elements=["runner_id"], set_=values))
+
+
+async def endings_of(db: AsyncConnection, runner_ids: Collection[str]) -> dict[str, Ending]:
+    """How the VMs of these runners ended, as far as they did."""
+    found: dict[str, Ending] = {}
+    for chunk in _chunks(list(runner_ids)):
+        for row in await db.execute(sa.select(*_ENDING).where(endings.c.runner_id.in_(chunk))):
+            found[row.runner_id] = _as(row, Ending)
+    return found
+
+
 async def save_host(db: AsyncConnection, host: Host, now: float) -> None:
     values = {
         "name": host.name, "max_vms": host.max_vms, "memory_mib": host.memory_mib,
@@ -327,10 +344,11 @@ async def live_hosts(db: AsyncConnection, seen_since: float) -> list[Host]:
 
 
 async def forget(db: AsyncConnection, before: float) -> None:
-    """Drop what ended before ``before``: processed deliveries, finished jobs, gone runners, their timeline."""
+    """Drop what ended before ``before``: processed deliveries, finished jobs, gone runners, their timeline and ends."""
     await db.execute(sa.delete(inbox).where(inbox.c.processed_at < before))
     await db.execute(sa.delete(jobs).where(jobs.c.updated_at < before, jobs.c.state == "completed"))
     await db.execute(sa.delete(runners).where(runners.c.state == "gone", runners.c.ended_at < before))
+    await db.execute(sa.delete(endings).where(endings.c.at < before))
     await db.execute(sa.delete(timeline).where(timeline.c.at < before))
 
 

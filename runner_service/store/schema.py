@@ -6,7 +6,7 @@ There are no foreign keys on purpose: old rows of each table are forgotten by ag
 
 import sqlalchemy as sa
 
-HEAD = "0001"
+HEAD = "0002"
 """The migration these tables correspond to; a test holds it equal to alembic's head."""
 
 metadata = sa.MetaData()
@@ -75,6 +75,7 @@ runners = sa.Table(
     sa.Column("code", sa.Text),
     sa.Column("reason", sa.Text),
     sa.Column("exit_code", sa.Integer),
+    sa.Column("usage", sa.JSON(none_as_null=True)),
     sa.Column("ended_at", sa.Double),
     sa.Column("lease_owner", sa.Text),
     sa.Column("lease_until", sa.Double),
@@ -83,6 +84,15 @@ runners = sa.Table(
     sa.Index("ix_runners_serving", "serving_job_id"),
     sa.Index("ix_runners_vm", "vm_id"),
     sa.Index("ix_runners_ended", "ended_at"),
+)
+
+endings = sa.Table(
+    "endings",
+    metadata,
+    sa.Column("runner_id", sa.Text, primary_key=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("exit", sa.JSON, nullable=False),
+    sa.Index("ix_endings_at", "at"),
 )
 
 inbox = sa.Table(

@@ -38,6 +38,7 @@ class FakeHost:
         self.launches = 0
         self.fork_seconds = 0.001
         self.fork_errors: list[BaseException] = []
+        self.endings: dict[str, VmExit] = {}
         self._numbers = itertools.count(1)
 
     def next_id(self) -> str:
@@ -254,6 +255,9 @@ class FakeEngine:
             raise UnknownVm(f"there is no VM {vm_id}")
         machine.end(VmExit(kind="destroyed", reason="destroyed"))
         self._gate("destroy")
+
+    def ending(self, vm_id: str) -> VmExit | None:
+        return self.host.endings.get(vm_id)
 
     async def prewarm(self, parent: str) -> None:
         self._gate("prewarm")
