@@ -93,7 +93,7 @@ class Jail:
         self.root: str | None = settings["root"]
         self.files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (self.files[1], self.files[1]))
-        self.cgroups = [os.open(path, os.O_PATH | os.O_DIRECTORY) for path in settings["cgroups"]]
+        self.cgroups: list[int] = [os.open(path, os.O_PATH | os.O_DIRECTORY) for path in settings["cgroups"]]
         self.exec_address: int = settings["exec_address"]
         self.kvm: bool = settings["kvm"]
         self.filter = b64decode(settings["filter"])
@@ -311,7 +311,7 @@ def clone(jail: Jail, cell: Cell) -> int:
 
 def make_cgroup(jail: Jail, group: dict[str, Any]) -> int:
     """Make (or find) one cgroup directory and set its limits; the open directory."""
-    root: int = jail.cgroups[group["root"]]
+    root = jail.cgroups[group["root"]]
     with contextlib.suppress(FileExistsError):
         os.mkdir(group["path"], 0o755, dir_fd=root)
     directory = os.open(group["path"], os.O_RDONLY | os.O_DIRECTORY, dir_fd=root)

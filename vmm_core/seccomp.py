@@ -47,7 +47,8 @@ _ALLOWED = {
     "io_setup": 206, "io_destroy": 207, "io_getevents": 208, "io_submit": 209, "io_cancel": 210,
     "io_pgetevents": 333,
     # clocks and timers
-    "pause": 34, "nanosleep": 35, "getitimer": 36, "setitimer": 38, "gettimeofday": 96, "time": 201, "timer_create": 222,
+    "pause": 34, "nanosleep": 35, "getitimer": 36,
+    "setitimer": 38, "gettimeofday": 96, "time": 201, "timer_create": 222,
     "timer_settime": 223, "timer_gettime": 224, "timer_getoverrun": 225, "timer_delete": 226,
     "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "timerfd_create": 283,
     "timerfd_settime": 286, "timerfd_gettime": 287,
