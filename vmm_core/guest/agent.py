@@ -6,6 +6,10 @@ A connection, as the agent sees it:
     silent, unknown ──revive──► known            entropy, clock, identity; then everything is allowed
     known ──quiesce──► unknown                   the bake snapshots the machine now
     any ──host vanishes, or the next hello──► silent; commands run on, unacknowledged output is kept
+    any ──the VM is forked or frozen while it runs, unasked──► as it was, until the copy's host says revive
+
+The last one means that nothing here may count on ``quiesce``: a copy has the sessions, half-sent frames and
+half-done transfers of another host in its memory, and ``revive`` must leave only commands and their outputs.
 
 A command: running ──its first process ends──► exited ──both outputs end──► kept until forgotten.
 
@@ -16,7 +20,7 @@ host is connected (Linux drivers/char/virtio_console.c), so a level-triggered lo
 Runs on Python ≥ 3.9 as ``python3 -I -S agent.py [--init] [--port PATH | --listen PATH]``.
 """
 # pathlib and contextlib are not worth their start-up time: software emulation runs Python ~15 times slower.
-# ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH108, PTH110, PTH112, PTH120, PTH208, PTH211, SIM105, S103, S108
+# ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH106, PTH108, PTH110, PTH112, PTH120, PTH208, PTH211, SIM105, S103, S108
 
 from __future__ import annotations
 
@@ -130,7 +134,8 @@ QUEUE = 64 << 10  # bytes waiting for the port before streams stop adding to the
 QUEUE_HARD = 1 << 20  # … before requests are not read any more
 ZYGOTE_USER = "runner"
 UMASK = 0o022
-AGENT_NICE = -15
+MAX_PROCESSES = 16 << 10  # of one command, where memory allows for more
+EXEC_WAIT = 5.0  # seconds a process may take to become its command; nothing else is done meanwhile
 MAX_EXECS = 128
 MAX_ENDED = 64  # ended commands kept, oldest forgotten first
 LINGER = 2.0  # seconds a left-over background process may still add to a command's output
@@ -180,6 +185,74 @@ class Resident:
         os.ftruncate(self.fd, len(data))
         self.map[: len(data)] = data
 
+    def close(self) -> None:
+        self.map.close()
+        os.close(self.fd)
+
+
+class Groups:
+    """A cgroup for all commands and one in it for each.
+
+    A fork bomb meets its command's limit, so that others can start, and has its command's share of the
+    processors. To kill a group takes one write, and no process in it is quick enough to get away.
+    """
+
+    def __init__(self, path: str, limit: int) -> None:
+        self.path, self.limit = path, limit
+        self.left: list[str] = []  # forgotten while a background process ran on
+        self._made = 0
+
+    def make(self) -> Group:
+        self.left = [path for path in self.left if not remove_group(path)]
+        self._made += 1
+        group = Group(f"{self.path}/{self._made}", self.left)
+        os.mkdir(group.path)
+        overwrite(f"{group.path}/pids.max", b"%d" % self.limit)
+        return group
+
+
+class Group:
+    """The cgroup of one command."""
+
+    CLONE3, CLONE_INTO_CGROUP = 435, 1 << 33  # Linux 5.7; the number is the same on every architecture
+    ARGUMENTS = struct.Struct("=11Q")  # struct clone_args
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def __init__(self, path: str, left: list[str]) -> None:
+        self.path, self._left = path, left
+
+    def fork(self) -> int:
+        """As os.fork, with the child born in here: moving it in later waits for every processor's grace period."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            values = self.ARGUMENTS.pack(self.CLONE_INTO_CGROUP, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, fd)
+            pid = self.libc.syscall(self.CLONE3, values, ctypes.c_size_t(len(values)))
+            if pid < 0:
+                raise OSError(ctypes.get_errno(), "clone3")
+            return int(pid)
+        finally:
+            os.close(fd)
+
+    def kill(self) -> None:
+        try:
+            overwrite(f"{self.path}/cgroup.kill", b"1")
+        except OSError as error:  # Linux < 5.14
+            log(f"cgroup.kill: {error}")
+
+    def remove(self) -> None:
+        if not remove_group(self.path):
+            self._left.append(self.path)
+
+
+def remove_group(path: str) -> bool:
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
 
 class System:
     """The calls that change the whole machine, apart from the rest so that tests can replace them.
@@ -197,6 +270,7 @@ class System:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._entropy = self._hostname = -1
         self._residents: dict[str, Resident] = {}
+        self.groups: Groups | None = None  # as an init, where the kernel has cgroup v2
 
     def call(self, name: str, *args: object) -> int:
         """A libc function that answers -1 and errno on failure. Raises OSError."""
@@ -259,7 +333,16 @@ class System:
         self._residents[path] = resident
 
     def prepare(self) -> None:
-        """As an init, once: open and lay out what ``revive`` will need."""
+        """As an init, once: open and lay out what ``revive`` will need.
+
+        On a tmpfs of its own: a write to a mapping finds no room on a full one, and that ends the process.
+        """
+        try:
+            os.makedirs(self.root + "/run/microvm", exist_ok=True)
+            flags = self.MS_NOSUID | self.MS_NODEV | self.MS_NOEXEC
+            self.mount("tmpfs", self.root + "/run/microvm", "tmpfs", flags, "mode=755,size=1m")
+        except OSError as error:
+            log(f"mount /run/microvm: {error}")
         self._entropy = os.open("/dev/urandom", os.O_RDWR | os.O_CLOEXEC)
         self._hostname = os.open("/proc/sys/kernel/hostname", os.O_WRONLY | os.O_CLOEXEC)
         for path in ("/etc/hostname", "/etc/machine-id", "/etc/hosts", self.BOOT_ID):
@@ -306,11 +389,43 @@ class System:
         """As a service: be the parent of what commands leave behind (PR_SET_CHILD_SUBREAPER)."""
         self.call("prctl", 36, 1, 0, 0, 0)
 
-    def shield_from_oom(self) -> None:
+    def shield(self) -> None:
+        """From what commands do to memory: never the OOM killer's victim, nor paged out piece by piece.
+
+        MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT: nothing is read in beforehand, so forks share what they did.
+        """
         try:
             overwrite("/proc/self/oom_score_adj", b"-1000")
-        except OSError:
-            log("no right to lower oom_score_adj")
+            self.call("mlockall", 1 | 2 | 4)
+        except OSError as error:
+            log(f"commands can press the agent out of memory: {error}")
+
+    def come_first(self) -> None:
+        """Before every command, however many there are: the host's word must be heard. Children start as usual."""
+        try:
+            policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+            os.sched_setscheduler(0, policy, os.sched_param(os.sched_get_priority_min(os.SCHED_RR)))
+        except OSError as error:
+            log(f"commands can keep the agent waiting: {error}")
+
+    def make_groups(self) -> int:
+        """As an init: bound the number of processes; answers that of all commands together.
+
+        The kernel's maximum is an eighth of memory in kernel stacks. A process needs as much again at least.
+        """
+        most = min(int(read_small(f"/proc/sys/kernel/{name}")) for name in ("threads-max", "pid_max"))
+        total = most // 2
+        base, path = "/sys/fs/cgroup", "/sys/fs/cgroup/commands"
+        try:
+            overwrite(f"{base}/cgroup.subtree_control", b"+pids +cpu")
+            os.mkdir(path)
+            overwrite(f"{path}/cgroup.subtree_control", b"+pids +cpu")
+            overwrite(f"{path}/pids.max", b"%d" % total)
+        except OSError as error:
+            log(f"commands get no cgroups: {error}")
+        else:
+            self.groups = Groups(path, min(MAX_PROCESSES, total * 3 // 4))
+        return total
 
     def poweroff(self) -> None:
         os.sync()
@@ -373,11 +488,14 @@ class Source:
         return bool(data)
 
     def push(self, agent: Agent) -> bool:
-        """Queue what the host has not got. True: there is more, but the queue was full."""
+        """Queue what the host has not got. True: there is more, but the queue was full.
+
+        Small pieces wait here rather than in the queue while the port takes nothing, and travel together then.
+        """
         if self.stream is None:
             return False
         while self.sent < self.total:
-            if len(agent.queue) >= QUEUE:
+            if agent.queue and (not agent.port_writable or len(agent.queue) >= QUEUE):
                 return True
             start = self.sent - self.base
             chunk = bytes(self.ring[start : start + CHUNK])
@@ -475,7 +593,10 @@ class Upload:
         os.close(self.fd)
 
     def abandon(self) -> None:
-        os.close(self.fd)
+        try:
+            os.close(self.fd)
+        except OSError:
+            pass
         try:
             os.unlink(self.temporary)
         except OSError:
@@ -588,9 +709,12 @@ def replace_file(path: str, data: bytes, owner: Owner, mode: int) -> None:
 class Exec:
     """One command: its first process, the outputs, the input, and how it ended."""
 
-    def __init__(self, ident: str, pid: int, out: int, err: int, feed: int | None) -> None:
+    def __init__(
+        self, ident: str, pid: int, out: int, err: int, feed: int | None, group: Group | None
+    ) -> None:
         self.id = ident
         self.pid = pid
+        self.group = group
         self.out, self.err = Source(out), Source(err)
         self.feed = None if feed is None else Feed(feed)
         self.stream: int | None = None
@@ -638,6 +762,8 @@ class Exec:
             source.close()
         if self.feed is not None:
             self.feed.close()
+        if self.group is not None:
+            self.group.remove()
 
 
 def process_table() -> dict[int, tuple[str, int, int, int]]:
@@ -689,8 +815,11 @@ def kill_members(command: Exec) -> None:
     """SIGKILL until no new process turns up (a fork bomb gets a bounded number of rounds).
 
     Looked for before the first is killed, because that breaks the chain of parents; then the group at
-    once, or a shell would live to report the death of its child.
+    once, or a shell would live to report the death of its child. A cgroup needs no looking: thousands of
+    processes that fork would hold it up.
     """
+    if command.group is not None:
+        command.group.kill()
     seen: set[int] = set()
     for _ in range(20):
         fresh = members(command) - seen
@@ -717,13 +846,18 @@ class Plan:
         self.argv, self.env, self.cwd, self.owner = argv, env, cwd, owner
 
 
-def spawn(plan: Plan, stdio: tuple[int, int, int]) -> int:
-    """Start a process in a session of its own as its owner; answers its pid. Raises RefusedError."""
+def spawn(plan: Plan, stdio: tuple[int, int, int], group: Group | None = None) -> int:
+    """Start a process in a session of its own as its owner; answers its pid. Raises RefusedError, OSError."""
     report, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        become(plan.owner, stdio, tell, lambda: plan)
-    os.close(tell)
+    try:
+        pid = os.fork() if group is None else group.fork()
+        if pid == 0:
+            become(plan.owner, stdio, tell, lambda: plan)
+    except OSError:
+        os.close(report)
+        raise
+    finally:
+        os.close(tell)
     await_exec(report, pid, plan)
     return pid
 
@@ -731,6 +865,11 @@ def spawn(plan: Plan, stdio: tuple[int, int, int]) -> int:
 def await_exec(report: int, pid: int, plan: Plan) -> None:
     """The child tells through a close-on-exec pipe why it is not the command. Raises RefusedError."""
     try:
+        # a directory on a file system that hangs, or no memory: it must not take the agent with it
+        if not select.select([report], [], [], EXEC_WAIT)[0]:
+            send_signal(os.kill, pid, signal.SIGKILL)
+            text = f"{plan.argv[0]} in {plan.cwd} has not started within {EXEC_WAIT:g} s"
+            raise RefusedError("exec_failed", text)
         trouble = os.read(report, 4096)
     finally:
         os.close(report)
@@ -752,7 +891,6 @@ def become(owner: Owner, stdio: tuple[int, int, int], tell: int, command: Callab
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         os.umask(UMASK)
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
         try:
             overwrite("/proc/self/oom_score_adj", b"0")
         except OSError:
@@ -782,7 +920,7 @@ class Zygote:
 
     READY = b"\n"
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, group: Group | None) -> None:
         self.owner = owner
         out, out_child = os.pipe()
         err, err_child = os.pipe()
@@ -791,14 +929,14 @@ class Zygote:
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         children = (out_child, err_child, tell, orders, null)
         try:
-            pid = os.fork()
+            pid = os.fork() if group is None else group.fork()
             if pid == 0:
                 os.close(self._order)  # or it would never see that nobody writes
                 become(owner, (null, out_child, err_child), tell, lambda: self._wait(orders, tell))
         finally:
             for fd in children:
                 os.close(fd)
-        self.command = Exec("", pid, out, err, None)
+        self.command = Exec("", pid, out, err, None, group)
         if os.read(self._report, 1) != self.READY:
             self.discard()
             raise OSError(errno.ECHILD, "the prepared process did not come up")
@@ -878,13 +1016,15 @@ class Agent:
         self.known = False  # this connection has shown that token
         self.execs: dict[str, Exec] = {}
         self.zygote: Zygote | None = None
-        self.blanks: dict[str, Resident] = {}  # files of ZYGOTE_USER, mode 600, waiting for their content
+        self.blanks: dict[str, Resident] = {}  # files of ZYGOTE_USER, mode 600, for the first command
+        self.untouched = True  # no command has run since they were made
         self.uploads: dict[int, Upload] = {}
         self.downloads: dict[int, Download] = {}
         self.feeds: dict[int, Feed] = {}
         self.outputs: dict[int, Source] = {}
         self.child_ended = False
-        self.has_ssh_keys = bool(system.ssh_keys())  # not looked up in revive
+        self.machine_id = ""  # of the last revive since quiesce: empty in a fork that was made ready for it
+        self.has_ssh_keys = bool(system.ssh_keys())  # not looked up in revive of such a fork
         self.make_ssh_keys = False
         self.leaving = False
         self.epoll = select.epoll()
@@ -1108,9 +1248,8 @@ class Agent:
         self.outputs.clear()
         for command in self.execs.values():
             command.detach()
-        for upload in self.uploads.values():
-            upload.abandon()
-        self.uploads.clear()
+        while self.uploads:
+            self.uploads.popitem()[1].abandon()
         for stream in tuple(self.downloads):
             self.end_download(stream)
 
@@ -1181,7 +1320,11 @@ class Agent:
         self.known = self.token is not None and token == self.token
 
     def on_revive(self, _: int, message: Message) -> Message:
-        """The measured path of every fork: no import, no subprocess, no fork."""
+        """The measured path of every fork: no import, no subprocess, no fork.
+
+        Also the first word in the copy of a running machine, with a new identity or, thawed, with its own: then
+        what identifies it beyond this request stays. Deadlines of commands count the time the machine has run.
+        """
         self.begin(message["token"])
         self.token = None  # a revive that fails half-way leaves the gate shut
         self.known = False
@@ -1197,20 +1340,23 @@ class Agent:
         system.set_hosts("\n".join(lines) + "\n")
         boot_id: str = message["boot_id"]
         system.set_boot_id(boot_id)
-        if self.has_ssh_keys:
-            for path in system.ssh_keys():
+        thawed, copied = self.machine_id == message["machine_id"], bool(self.machine_id)
+        if not thawed and (self.has_ssh_keys or copied):
+            keys = system.ssh_keys()
+            for path in keys:
                 os.unlink(path)
-            self.make_ssh_keys = True  # once the answer is out
+            self.make_ssh_keys |= bool(keys)  # once the answer is out
+        self.machine_id = message["machine_id"]
         self.token = message["token"]
         self.known = True
-        return {"clock_step_ns": step, "boot_id": boot_id}
+        return {"clock_step_ns": step, "boot_id": boot_id, "execs": list(self.execs)}
 
     def on_quiesce(self, _: int, message: Message) -> Message:
         """Make the machine fit to be forked: nothing of this connection's work is left in memory."""
         running = [command.id for command in self.execs.values() if command.running]
         if running:
             raise RefusedError("busy", f"still running: {', '.join(running[:5])}")
-        self.token = None
+        self.token, self.machine_id = None, ""
         self.host_gone()
         for command in self.execs.values():
             command.close()
@@ -1232,7 +1378,13 @@ class Agent:
         zygote.discard()
 
     def make_blanks(self, paths: list[str]) -> None:
-        """Files on tmpfs that the first command of every fork gets its content in: made and mapped beforehand."""
+        """Files on tmpfs that the first command of every fork gets its content in: made and mapped beforehand.
+
+        Only the first: a command could fill that tmpfs or cut such a file off, and the write would end the agent.
+        """
+        while self.blanks:
+            self.blanks.popitem()[1].close()
+        self.untouched = True
         for path in paths:
             owner = Owner(ZYGOTE_USER)
             blank = Resident(path, 0o600)
@@ -1240,12 +1392,16 @@ class Agent:
             blank.write(b"")
             self.blanks[path] = blank
 
+    def make_group(self) -> Group | None:
+        groups = self.system.groups
+        return None if groups is None else groups.make()
+
     def make_zygote(self) -> None:
         """The first command of every fork shall find its process made."""
         if self.zygote is not None:
             self.drop_zygote(self.zygote)
         try:
-            self.zygote = Zygote(Owner(ZYGOTE_USER))
+            self.zygote = Zygote(Owner(ZYGOTE_USER), self.make_group())
             self.enroll(self.zygote.command)
         except (OSError, RefusedError) as error:
             log(f"no process is prepared for {ZYGOTE_USER}: {error}")
@@ -1267,9 +1423,8 @@ class Agent:
         ready = self.zygote
         owner = ready.owner if ready is not None and ready.owner.name == user else Owner(user)
         for file in message["files"]:
-            blank = (
-                self.blanks.pop(file["path"], None) if user == ZYGOTE_USER and file["mode"] == 0o600 else None
-            )
+            fits = self.untouched and user == ZYGOTE_USER and file["mode"] == 0o600
+            blank = self.blanks.get(file["path"]) if fits else None
             data = binascii.a2b_base64(file["data"])
             if blank is not None and len(data) <= Resident.SIZE:
                 blank.write(data)
@@ -1286,6 +1441,7 @@ class Agent:
         env.update(message["env"])
         cwd: str = message["cwd"] or (owner.home if os.path.isdir(owner.home) else "/")
         command = self.launch(ident, Plan(message["argv"], env, cwd, owner), bool(message["stdin"]))
+        self.untouched = False
         if message["timeout_s"] is not None:
             command.deadline = time.monotonic() + message["timeout_s"]
         self.execs[ident] = command
@@ -1309,6 +1465,7 @@ class Agent:
         return self.launch_anew(ident, plan, with_stdin)
 
     def launch_anew(self, ident: str, plan: Plan, with_stdin: bool) -> Exec:
+        group = self.make_group()
         out, out_child = os.pipe()
         err, err_child = os.pipe()
         feed: int | None = None
@@ -1317,15 +1474,17 @@ class Agent:
         else:
             in_child = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            pid = spawn(plan, (in_child, out_child, err_child))
+            pid = spawn(plan, (in_child, out_child, err_child), group)
         except BaseException:
             for fd in (out, err) if feed is None else (out, err, feed):
                 os.close(fd)
+            if group is not None:
+                group.remove()
             raise
         finally:
             for fd in (in_child, out_child, err_child):
                 os.close(fd)
-        return self.enroll(Exec(ident, pid, out, err, feed))
+        return self.enroll(Exec(ident, pid, out, err, feed, group))
 
     def enroll(self, command: Exec) -> Exec:
         """Watch the pipes of a command that runs."""
@@ -1493,11 +1652,12 @@ def set_up_machine(system: System) -> None:
     os.makedirs("/tmp", exist_ok=True)
     os.chmod("/tmp", 0o1777)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 524288))
+    processes = system.make_groups()
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))  # the kernel's own is half of that
     for number in (signal.SIGINT, signal.SIGTERM):  # init is not ended by a signal
         signal.signal(number, signal.SIG_IGN)
     system.prepare()
-    # The host's word comes first, also while a job keeps every processor busy.
-    os.setpriority(os.PRIO_PROCESS, 0, AGENT_NICE)
+    system.come_first()
     set_up_network()
 
 
@@ -1561,7 +1721,7 @@ def main(argv: Iterable[str], system: System | None = None) -> None:
         set_up_machine(system)
     elif os.getpid() != 1:
         system.adopt_orphans()
-    system.shield_from_oom()
+    system.shield()
     if "--listen" in options:
         import socket  # noqa: PLC0415  (virtio-serial needs none)
 

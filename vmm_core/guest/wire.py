@@ -167,10 +167,12 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Revived(msgspec.Struct, frozen=True):
-    """``clock_step_ns``: how far the wall clock was moved forward. ``boot_id``: made in the fork, its own."""
+    """``clock_step_ns``: how far the wall clock was moved forward. ``boot_id``: made in the fork, its own.
+    ``execs``: ids of the commands a copy of a running machine came with; none in a fork of a baked one."""
 
     clock_step_ns: Nanoseconds
     boot_id: str
+    execs: tuple[str, ...] = ()
 
 
 class Attached(msgspec.Struct, frozen=True):

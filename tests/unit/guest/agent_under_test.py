@@ -52,7 +52,7 @@ def recording(agent, record):
         def sync(self):
             self.note("sync")
 
-        def shield_from_oom(self):
+        def shield(self):
             pass
 
         def poweroff(self):
