@@ -1,15 +1,14 @@
 """Who has which slot: one file a slot under /run/microvm/slots, shared by every engine of the host.
 
-A file is created exclusively and locked for as long as its owner's process lives; the kernel drops the lock
-when that dies. The file stays, and says which VM the slot is for: a VM that outlives its service keeps its
-slot, and the next process that adopts the VM locks the file again. A file nobody locks belongs either to such
-a VM or to nobody; ``host.inhabited`` tells which.
+A file is created exclusively and locked (an open file description lock, so that others can ask without taking
+it) for as long as its owner's process lives; the kernel drops the lock when that dies. The file stays, and says
+which VM the slot is for: a VM that outlives its service keeps its slot, and the next process that adopts the VM
+locks the file again. A file nobody locks belongs either to such a VM or to nobody; ``host.inhabited`` tells which.
 """
 
-import contextlib
 import fcntl
 import os
-from collections.abc import Generator
+import struct
 from pathlib import Path
 
 import msgspec
@@ -19,6 +18,7 @@ from vmm_core.network.addresses import SLOTS
 
 RUN_DIR = Path("/run/microvm")
 _OWNER_BYTES = 4096
+_WHOLE_FILE = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 class _Content(msgspec.Struct):
@@ -104,12 +104,10 @@ class Claims:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE_FILE)
         finally:
             os.close(fd)
-        return False
+        return struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
 
     def _create(self, number: int) -> bool:
         return self._lock(number, os.O_CREAT | os.O_EXCL)
@@ -121,7 +119,7 @@ class Claims:
         except FileExistsError:
             return False
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
             # A reaper may have removed the file between our open and our lock.
             if not _same(fd, path):
                 raise BlockingIOError
@@ -133,46 +131,6 @@ class Claims:
 
     def _path(self, number: int) -> Path:
         return self._dir / str(number)
-
-
-class HostLock:
-    """Counts the pools of the host without a counter: each holds ``users`` shared; who gets it alone is the last.
-
-    ``turn`` is held while the table is made or removed, so that no pool opens while another cleans up.
-    """
-
-    def __init__(self, run_dir: Path = RUN_DIR) -> None:
-        run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self._turn = os.open(run_dir / "network.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._users = os.open(run_dir / "network.users", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    @contextlib.contextmanager
-    def try_turn(self) -> Generator[bool]:
-        """Whether it is our turn; holds it when so."""
-        try:
-            fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.flock(self._turn, fcntl.LOCK_UN)
-
-    def join(self) -> None:
-        fcntl.flock(self._users, fcntl.LOCK_SH)
-
-    def alone(self) -> bool:
-        """Whether no other pool is open on this host. (Ours does not count any more afterwards.)"""
-        try:
-            fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def close(self) -> None:
-        os.close(self._turn)
-        os.close(self._users)
 
 
 def _same(fd: int, path: Path) -> bool:

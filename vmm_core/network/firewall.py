@@ -53,7 +53,9 @@ PRIVATE: Final = (
     "198.18.0.0/15",
 )
 """Destinations that are no public internet; reached only when listed."""
-NEW_PER_SECOND: Final = 500
+NEW_PER_SECOND: Final = 250
+"""New connections of one slot. Also bounds what it can make the host look for on a network it is joined to:
+an address that does not answer stays in the host's neighbour table (1,024 entries) for three seconds."""
 RESETS_PER_SECOND: Final = 20
 _SECONDS = 20.0
 _OUTPUT_BYTES = 64 << 20

@@ -167,7 +167,8 @@ class Forwarding:
         changed = self.changed()
         for device in _leading(Path("/proc/net/route").read_text()):
             setting = _IPV4 / "conf" / device / "forwarding"
-            if device not in changed and setting.read_text().strip() == "0":
+            # An interface of that name may have gone and come back since it was changed.
+            if setting.read_text().strip() == "0":
                 changed.add(device)
                 # Written down first: a crash in between sets back what was never changed, which is no harm.
                 self._file.write_bytes(msgspec.json.encode(sorted(changed)))

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 Lookup = Callable[[str], Awaitable[list[str]]]
 
 FRESH_SECONDS = 60.0
+FAILED_SECONDS = 20.0
 _LOOKUP_SECONDS = 3.0
 _AT_ONCE = 4
 _MAX_NAMES = 4096
@@ -25,14 +26,19 @@ class Names:
         self._executor = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="names")
         self._lookup = lookup or self._ask_host
         self._known: dict[str, tuple[str, float]] = {}
+        self._failed: dict[str, float] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
 
     async def targets(self, names: Iterable[str]) -> dict[str, str]:
-        """Name → address, for those that have one. Waits only for names never asked for before."""
+        """Name → address, for those that have one. Waits only for names that were not asked for lately."""
         wanted = set(names)
         now = time.monotonic()
         tasks = {name: self._ask(name) for name in wanted if not self._fresh(name, now)}
-        unknown = [task for name, task in tasks.items() if name not in self._known]
+        unknown = [
+            task
+            for name, task in tasks.items()
+            if name not in self._known and now - self._failed.get(name, -FAILED_SECONDS) >= FAILED_SECONDS
+        ]
         if unknown:
             await asyncio.wait(unknown, timeout=_LOOKUP_SECONDS)
         return {name: self._known[name][0] for name in wanted if name in self._known}
@@ -40,8 +46,10 @@ class Names:
     async def refresh(self, names: Iterable[str]) -> dict[str, str]:
         """As ``targets``, asking again whatever is known, and waiting for the answers."""
         wanted = set(names)
-        for stale in self._known.keys() - wanted if len(self._known) > _MAX_NAMES else ():
-            del self._known[stale]
+        for memory in (self._known, self._failed):
+            if len(memory) > _MAX_NAMES:
+                for stale in memory.keys() - wanted:
+                    del memory[stale]
         tasks = [self._ask(name) for name in wanted]
         if tasks:
             await asyncio.wait(tasks)
@@ -68,9 +76,12 @@ class Names:
             async with asyncio.timeout(_LOOKUP_SECONDS):
                 addresses = await self._lookup(name)
         except (OSError, TimeoutError, UnicodeError):
-            # The last answer stays: a resolver that is down must not cut what works.
-            return
-        if addresses:
+            addresses = []
+        # Without an answer the last one stays: a resolver that is down must not cut what works.
+        self._failed.pop(name, None)
+        if not addresses:
+            self._failed[name] = time.monotonic()
+        else:
             last = self._known.get(name)
             kept = last is not None and last[0] in addresses
             self._known[name] = (last[0] if last is not None and kept else addresses[0], time.monotonic())

@@ -27,9 +27,10 @@ from vmm_core.machine import Network
 from vmm_core.network import egress, host
 from vmm_core.network.addresses import SLOTS, Slot, slot
 from vmm_core.network.builder import Builder
-from vmm_core.network.claims import RUN_DIR, Claims, HostLock
-from vmm_core.network.firewall import Element, Firewall, usual_connections
+from vmm_core.network.claims import RUN_DIR, Claims
+from vmm_core.network.firewall import Element, Firewall
 from vmm_core.network.names import Lookup, Names
+from vmm_core.network.table import HostTable
 
 __all__ = ["SLOTS", "NetworkUsage", "Orphan", "Slot", "SlotPool", "slot"]
 
@@ -38,7 +39,6 @@ _log = logging.getLogger(__name__)
 _CHUNK = 4
 """Slots laid in one request: what a bandwidth limit or a tap has to wait for at most (25 ms)."""
 _TAKE_SECONDS = 30.0
-_TURN_SECONDS = 30.0
 _LOOK_SECONDS = 20.0
 _RETRY_SECONDS = 2.0
 
@@ -84,16 +84,15 @@ class SlotPool:
         self.size = size
         self._resolvers = tuple(resolvers)
         self._claims = Claims(run_dir)
-        self._lock = HostLock(run_dir)
-        self._forwarding = host.Forwarding(run_dir)
         self._firewall = Firewall()
+        self._table = HostTable(self._firewall, run_dir)
         self._builder = Builder()
         self._names = Names(lookup)
         self._ready: deque[_Place] = deque()
         self._taken: dict[int, _Place] = {}
         self._returned: list[_Place] = []
-        self._own: frozenset[str] = frozenset()
-        self._routed: set[str] = set()
+        self._failed: list[_Place] = []
+        self._own = host.own_addresses()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._waiting = 0
@@ -117,7 +116,7 @@ class SlotPool:
         pool = cls(size, host.resolvers() if resolvers is None else resolvers, run_dir, lookup)
         tasks: list[asyncio.Task[None]] = []
         try:
-            await pool._join()
+            await pool._table.join()
             tasks = [asyncio.create_task(pool._keep_filled()), asyncio.create_task(pool._look_after())]
             yield pool
         finally:
@@ -282,10 +281,13 @@ class SlotPool:
                     await self._scrub(returned)
                 else:
                     await self._prepare()
-            except HostUnfit as error:
+            except (HostUnfit, OSError) as error:
                 _log.warning("no slot prepared: %s", error)
+                unfit = (
+                    error if isinstance(error, HostUnfit) else SlotsUnavailable(f"no slot prepared: {error}")
+                )
                 async with self._changed:
-                    self._failure = error
+                    self._failure = unfit
                     self._changed.notify_all()
                 await asyncio.sleep(_RETRY_SECONDS)
 
@@ -296,7 +298,8 @@ class SlotPool:
         try:
             laid, failed = await self._builder.build(numbers)
         finally:
-            self._returned += [_Place(slot(number)) for number in numbers if number not in laid]
+            # Kept claimed until the next look-round: the lowest free number must be another one now.
+            self._failed += [_Place(slot(number)) for number in numbers if number not in laid]
         async with self._changed:
             self._ready += [_Place(slot(number), tap) for number, tap in laid.items()]
             self._changed.notify_all()
@@ -322,18 +325,17 @@ class SlotPool:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
                 await self.look_round()
-            except HostUnfit as error:
+            except (HostUnfit, OSError) as error:
                 _log.warning("slots not looked after: %s", error)
 
     async def look_round(self) -> None:
         """Follow names that moved, routes that came, and a firewall that somebody flushed. Done by itself every
         20 s."""
+        self._returned += self._failed
+        self._failed = []
+        self._wake.set()
         self._own = host.own_addresses()
-        flushed = not await self._firewall.exists()
-        routed = self._forwarding.on()
-        if flushed or routed != self._routed:
-            await self._firewall.load(usual_connections(), routed)
-            self._routed = routed
+        flushed = await self._table.restore()
         if flushed:
             _log.warning("the firewall table was gone and is restored; %d slots in use", len(self._taken))
         wanted = {number: egress.names(place.network) for number, place in self._taken.items()}
@@ -351,43 +353,19 @@ class SlotPool:
             place.elements = frozenset()
         await self._apply(place, place.network, targets)
 
-    async def _turn(self) -> contextlib.ExitStack:
-        """Wait until no other process makes or removes the table."""
-        until = asyncio.get_running_loop().time() + _TURN_SECONDS
-        while True:
-            with contextlib.ExitStack() as stack:
-                if stack.enter_context(self._lock.try_turn()):
-                    return stack.pop_all()
-            if asyncio.get_running_loop().time() > until:
-                raise SlotsUnavailable(
-                    f"another process has held {RUN_DIR}/network.lock for {_TURN_SECONDS:.0f} s"
-                )
-            await asyncio.sleep(0.02)
-
-    async def _join(self) -> None:
-        with await self._turn():
-            self._lock.join()
-            self._own = host.own_addresses()
-            self._routed = self._forwarding.on()
-            await self._firewall.load(usual_connections(), self._routed)
-
     async def _leave(self) -> None:
         self._names.close()
         try:
-            unused = [*self._ready, *self._returned]
+            unused = [*self._ready, *self._returned, *self._failed]
             for place in (*unused, *self._taken.values()):
                 place.close()
             if unused:
                 await self._scrub(unused)
-            with await self._turn():
-                self._claims.leave()
-                if self._lock.alone() and not self._claims.numbers():
-                    await self._firewall.drop()
-                    self._forwarding.back()
-        except HostUnfit as error:
+            await self._table.leave(self._claims)
+        except (HostUnfit, OSError) as error:
             # What stays is nobody's: the next service finds it among the orphans.
             _log.warning("slots left behind: %s", error)
         finally:
             await self._builder.close()
             self._claims.leave()
-            self._lock.close()
+            self._table.close()
