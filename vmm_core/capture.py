@@ -22,7 +22,7 @@ from vmm_core.disk import clone_file, data_extents
 from vmm_core.drivers.base import DISK, MEMORY, SUMS
 from vmm_core.errors import PoolFull, VmmError
 from vmm_core.guest_memory import Copy, GuestMemory
-from vmm_core.memory import Ranges, sums_of, write_ranges
+from vmm_core.memory import Ranges, sums_of, sums_with, write_ranges
 from vmm_core.vm import RunningVm
 
 T = TypeVar("T")
@@ -31,10 +31,15 @@ _BACKGROUND_NICE = 19
 
 
 class Captured(msgspec.Struct, frozen=True):
-    """The sealed memory of that instant (a descriptor, the caller's), which parts of it the machine does not share
-    with its base, and for how long it stood still. Its devices and its disk are files."""
+    """The sealed memory of that instant (a descriptor, the caller's), which ranges of it are the machine's own, and
+    for how long it stood still. Its devices and its disk are files.
+
+    ``base``: a descriptor, the caller's too, of the memory that all but the private ranges are in; -1 when ``memory``
+    holds everything.
+    """
 
     memory: int
+    base: int
     size: int
     private: Ranges
     pause_ms: float
@@ -42,6 +47,18 @@ class Captured(msgspec.Struct, frozen=True):
     @property
     def private_bytes(self) -> int:
         return sum(end - start for start, end in self.private)
+
+    def close(self) -> None:
+        for fd in (self.memory, self.base):
+            if fd >= 0:
+                os.close(fd)
+
+
+class Image(msgspec.Struct, frozen=True):
+    """A memory image on disk that others can be made of, with its sums (None for one of an earlier release)."""
+
+    path: Path
+    sums: Path | None
 
 
 class Threads:
@@ -63,19 +80,29 @@ class Threads:
 
 
 async def capture(
-    vm: RunningVm, draft: Path, threads: Threads, *, run_on: bool, require: Callable[[int], Awaitable[None]]
+    vm: RunningVm,
+    draft: Path,
+    threads: Threads,
+    *,
+    whole: bool,
+    run_on: bool,
+    require: Callable[[int], Awaitable[None]],
 ) -> Captured:
     """Capture ``vm``; its devices and disk go to ``draft``. Not to be cancelled: the machine would stand still.
 
-    ``require`` is told beforehand how many MiB the copy of the memory will take. Raises what it raises, PoolFull,
-    VmDied, VmmProtocolError; the machine runs on then, if it lives.
+    ``whole``: the memory can be run from; else it has the private ranges only. ``require`` is told beforehand how
+    many MiB it will take. Raises what that raises, PoolFull, VmDied, VmmProtocolError; the machine runs on then.
     """
-    size = vm.record.machine.memory_mib << 20
     disk = vm.directory / DISK
-    with GuestMemory.of(vm.record.pid, size) as guest:
-        await require((os.fstat(guest.file).st_blocks * 512 + await threads.urgent(guest.private_bytes)) >> 20)
+    with GuestMemory.of(vm.record.pid, vm.record.machine.memory_mib << 20) as guest:
+        whole = whole or guest.shared
+        shared = os.fstat(guest.file).st_blocks * 512 if whole else 0
+        await require((shared + await threads.urgent(guest.private_bytes)) >> 20)
         with contextlib.closing(Copy(guest)) as copy:
-            await asyncio.gather(threads.urgent(copy.before), threads.urgent(lambda: _write_back(disk)))
+            before = [threads.urgent(lambda: _write_back(disk))]
+            if whole:
+                before.append(threads.urgent(copy.before))
+            await asyncio.gather(*before)
             async with vm.channel.still():
                 began = time.perf_counter()
                 try:
@@ -92,16 +119,17 @@ async def capture(
                 if run_on:
                     await vm.driver_vm.resume()
                 pause_ms = (time.perf_counter() - began) * 1e3
-            return Captured(copy.sealed(), size, copy.ranges, pause_ms)
+            base = -1 if whole else os.dup(guest.file)
+            return Captured(copy.sealed(), base, guest.size, copy.ranges, pause_ms)
 
 
-def write_image(captured: Captured, base: Path | None, directory: Path) -> None:
-    """Write ``memory.img``, which shares the blocks of the image ``base``, to ``directory``. Blocking, durable."""
+def write_image(captured: Captured, base: Image | None, directory: Path) -> None:
+    """Write ``memory.img``, which shares the blocks of ``base``, to ``directory``. Blocking, durable."""
     image = directory / MEMORY
     ranges = captured.private
     with pool_full("its memory"):
         if base is not None:
-            clone_file(base, image)
+            clone_file(base.path, image)
         else:
             image.touch(0o600)
             ranges = data_extents(captured.memory, captured.size)
@@ -111,9 +139,14 @@ def write_image(captured: Captured, base: Path | None, directory: Path) -> None:
             os.fsync(file.fileno())
 
 
-def write_sums(captured: Captured, directory: Path) -> None:
+def write_sums(captured: Captured, base: Image | None, directory: Path) -> None:
+    if captured.base < 0:
+        sums = sums_of(captured.memory, captured.size)
+    else:
+        known = base.sums.read_bytes() if base and base.sums else sums_of(captured.base, captured.size)
+        sums = sums_with(known, captured.base, captured.memory, captured.private)
     with pool_full("its memory"):
-        (directory / SUMS).write_bytes(sums_of(captured.memory, captured.size))
+        (directory / SUMS).write_bytes(sums)
 
 
 @contextlib.contextmanager

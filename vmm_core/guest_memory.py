@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vmm_core.disk import data_extents
 from vmm_core.errors import VmDied, VmmProtocolError
-from vmm_core.memory import MEMFD_NAME, PAGE, Ranges, fresh_memory, read_ranges, seal
+from vmm_core.memory import MEMFD_NAME, PAGE, Ranges, copy_data, fresh_memory, read_ranges, seal
 
 _IOVECS = 1024  # IOV_MAX
 _PIECE = 64 << 20  # of at most so many in one call, below the kernel's 2 GiB
@@ -116,37 +116,34 @@ class GuestMemory:
 
 
 class Copy:
-    """A copy of a machine's memory in the making: ``before`` the pause what its file holds, ``during`` it the rest."""
+    """A copy of a machine's memory in the making: ``before`` the pause what its file holds, ``during`` it the rest.
+
+    Without ``before``, it holds the private pages only. ``ranges`` are what ``during`` has copied.
+    """
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
-        self.fd = fresh_memory(memory.size)
-        self._mapping = mmap.mmap(self.fd, memory.size)
+        self._fd = fresh_memory(memory.size)
         self.ranges: Ranges = []
 
     def before(self) -> None:
-        with memoryview(self._mapping) as view:
-            read_ranges(self._memory.file, data_extents(self._memory.file, self._memory.size), view)
+        copy_data(self._memory.file, self._fd, self._memory.size)
 
-    def during(self) -> int:
-        """Bytes copied."""
+    def during(self) -> None:
         self.ranges = self._memory.changes()
-        with memoryview(self._mapping) as view:
+        with mmap.mmap(self._fd, self._memory.size) as mapping, memoryview(mapping) as view:
             self._memory.copy(self.ranges, view)
-        return sum(end - start for start, end in self.ranges)
 
     def sealed(self) -> int:
         """The finished copy; its descriptor is the caller's."""
-        self._mapping.close()
-        seal(self.fd)
-        fd, self.fd = self.fd, -1
+        seal(self._fd)
+        fd, self._fd = self._fd, -1
         return fd
 
     def close(self) -> None:
-        self._mapping.close()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _areas(pid: int, size: int) -> tuple[tuple[tuple[int, int, int], ...], int, bool]:

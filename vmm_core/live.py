@@ -24,13 +24,13 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from vmm_core.capture import Captured, Threads, capture, write_image, write_sums
+from vmm_core.capture import Captured, Image, Threads, capture, write_image, write_sums
 from vmm_core.disk import Pool
-from vmm_core.drivers.base import MEMORY
+from vmm_core.drivers.base import MEMORY, SUMS
 from vmm_core.errors import BadRequest, SnapshotInvalid, UnknownTemplate, UnknownVm, VmmError
 from vmm_core.machine import Frozen, Identity, MachineSpec, Manifest, Snapshot, VmExit
 from vmm_core.residents import Residents
-from vmm_core.snapshot import SnapshotStore, file_sizes
+from vmm_core.snapshot import SnapshotStore, file_sizes, load_memory
 from vmm_core.vm import RunningVm
 
 FROZEN_SECONDS = 7 * 24 * 3600.0
@@ -131,11 +131,11 @@ class Live:
         digest = _new_digest()
         async with self._turn(vm):
             with self._snapshots.draft() as draft:
-                captured = await capture(vm, draft, self._threads, run_on=True, require=require)
+                captured = await capture(vm, draft, self._threads, whole=True, run_on=True, require=require)
                 try:
                     path, held = self._snapshots.place(draft, digest)
                 except BaseException:
-                    os.close(captured.memory)
+                    captured.close()
                     raise
         manifest = self._manifest(vm, digest, path)
         self._residents.pin(digest, captured.memory)
@@ -168,17 +168,17 @@ class Live:
             # Its children run on without: what they are frozen to is whole then, instead of shared with it.
             _log.warning("capture %s was not written: %s", digest[:12], error)
         finally:
-            self._residents.unpin(digest, keep=written)
+            self._residents.unpin(digest)
             os.close(held)
             self._writing.pop(digest, None)
         if not written:
             self._snapshots.abandon(digest)
         await asyncio.to_thread(self._snapshots.tidy)
 
-    def _complete(self, snapshot: Snapshot, captured: Captured, base: Path | None) -> None:
+    def _complete(self, snapshot: Snapshot, captured: Captured, base: Image | None) -> None:
         self._pool.require_room(captured.private_bytes)
         write_image(captured, base, snapshot.path)
-        write_sums(captured, snapshot.path)
+        write_sums(captured, base, snapshot.path)
         manifest = snapshot.manifest
         self._snapshots.complete(
             msgspec.structs.replace(
@@ -191,7 +191,7 @@ class Live:
     def _drop(self, made: tuple[Snapshot, Captured, int]) -> None:
         """The capture nobody waits for any more."""
         snapshot, _, held = made
-        self._residents.unpin(snapshot.digest, keep=False)
+        self._residents.unpin(snapshot.digest)
         os.close(held)
         self._snapshots.abandon(snapshot.digest)
 
@@ -204,15 +204,15 @@ class Live:
     async def _freeze(self, vm: RunningVm, ttl: float) -> Frozen:
         self._pool.require_room()
         async with self._turn(vm):
-            base = vm.directory / MEMORY  # a machine that was thawed brought its own
-            image = base if base.exists() else await self._image_of(vm.record.parent)
+            own = _image_in(vm.directory)  # of a machine that was thawed
+            image = own or await self._image_of(vm.record.parent)
+
+            def require(memory_mib: int) -> Awaitable[None]:
+                return self._require(vm.record.machine, memory_mib)
+
             with self._snapshots.draft() as draft:
                 captured = await capture(
-                    vm,
-                    draft,
-                    self._threads,
-                    run_on=False,
-                    require=lambda mib: self._require(vm.record.machine, mib),
+                    vm, draft, self._threads, whole=image is None, run_on=False, require=require
                 )
                 try:
                     frozen = await self._save_frozen(vm, captured, image, draft, ttl)
@@ -220,19 +220,19 @@ class Live:
                     await vm.driver_vm.resume()
                     raise
                 finally:
-                    os.close(captured.memory)
+                    captured.close()
             vm.end_as(VmExit(kind="frozen", cause="frozen", reason=f"frozen as {frozen.digest[:12]}"))
             await vm.destroy()
         self.watch_time()
         return frozen
 
     async def _save_frozen(
-        self, vm: RunningVm, captured: Captured, image: Path | None, draft: Path, ttl: float
+        self, vm: RunningVm, captured: Captured, image: Image | None, draft: Path, ttl: float
     ) -> Frozen:
         self._pool.require_room(captured.private_bytes)
         await asyncio.gather(
             self._threads.urgent(lambda: write_image(captured, image, draft)),
-            self._threads.urgent(lambda: write_sums(captured, draft)),
+            self._threads.urgent(lambda: write_sums(captured, image, draft)),
         )
         now = time.time()
         digest = _new_digest()
@@ -255,11 +255,17 @@ class Live:
             with contextlib.suppress(UnknownVm):
                 await self._engine.destroy(vm_id)  # what a freeze that was cut short has left
             record = frozen.record
-            vm = await self._start(
-                snapshot, manifest.machine, record.identity, ttl, record.metadata, parent=manifest.base
-            )
+            # Not among the residents: nobody else will be forked from it.
+            self._residents.pin(frozen.digest, await asyncio.to_thread(load_memory, snapshot))
             try:
-                (vm.directory / MEMORY).hardlink_to(snapshot.path / MEMORY)
+                vm = await self._start(
+                    snapshot, manifest.machine, record.identity, ttl, record.metadata, parent=manifest.base
+                )
+            finally:
+                self._residents.unpin(frozen.digest)
+            try:
+                for name in (MEMORY, SUMS):
+                    (vm.directory / name).hardlink_to(snapshot.path / name)
                 self._snapshots.retire(snapshot)
             except BaseException:
                 await vm.destroy()
@@ -281,7 +287,7 @@ class Live:
         """The frozen machine of this id, which nobody else thaws, discards or forks meanwhile."""
         digest = next((frozen.digest for frozen in self.frozen() if frozen.id == vm_id), None)
         unknown = UnknownVm(
-            f"there is no frozen VM {vm_id}: it was thawed or discarded, or its time has passed; see microvm frozen"
+            f"there is no frozen VM {vm_id}: it was thawed or discarded, or its time has passed"
         )
         if digest is None:
             raise unknown
@@ -375,15 +381,20 @@ class Live:
             return bool(self._snapshots.load(digest))
         return False
 
-    async def _image_of(self, digest: str | None) -> Path | None:
+    async def _image_of(self, digest: str | None) -> Image | None:
         """The memory image of a snapshot, once it is written; None when there is none."""
         if digest is None:
             return None
         if (writing := self._writing.get(digest)) is not None:
             await asyncio.wait({writing})
         with contextlib.suppress(UnknownTemplate, SnapshotInvalid):
-            return self._snapshots.load(digest).path / MEMORY
+            return _image_in(self._snapshots.load(digest).path)
         return None
+
+
+def _image_in(directory: Path) -> Image | None:
+    image, sums = directory / MEMORY, directory / SUMS
+    return Image(image, sums if sums.exists() else None) if image.exists() else None
 
 
 def new_identity(hostname: str | None = None) -> Identity:

@@ -8,11 +8,11 @@ An image goes with its sums, one for every 64 KiB: what was cut or damaged on di
 import array
 import ctypes
 import fcntl
-import mmap
 import os
 import sys
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vmm_core.disk import data_extents
@@ -23,6 +23,7 @@ MEMFD_NAME = "microvm-memory"
 PAGE = 4096
 SUM_CHUNK = 64 << 10
 _CHUNK = 1 << 20
+_THREADS = 4
 _ZERO_PAGE = bytes(PAGE)
 _ZERO_CHUNK = bytes(_CHUNK)
 _ZERO_SUM = zlib.crc32(bytes(SUM_CHUNK))
@@ -117,11 +118,7 @@ def load_sealed(image: Path, size: int, sums: bytes | None = None) -> int:
                 raise SnapshotInvalid(
                     f"memory image {image} has {actual} bytes where its manifest says {size}: bake the template again"
                 )
-            with mmap.mmap(fd, size) as mapping, memoryview(mapping) as view:
-                extents = data_extents(file.fileno(), size)
-                read_ranges(file.fileno(), extents, view)
-                if sums is not None:
-                    _verify(image, view, extents, sums)
+            copy_data(file.fileno(), fd, size, sums)
         seal(fd)
     except BaseException:
         os.close(fd)
@@ -129,15 +126,79 @@ def load_sealed(image: Path, size: int, sums: bytes | None = None) -> int:
     return fd
 
 
-def read_ranges(source: int, ranges: Iterable[tuple[int, int]], target: memoryview) -> None:
-    """Read byte ranges of a file to the same places in ``target``. SnapshotInvalid when it ends before they do."""
+def copy_data(source: int, target: int, size: int, sums: bytes | None = None) -> None:
+    """Copy what the file ``source`` holds to ``target``, a fresh memory; with ``sums``, only if it fits them."""
+    extents = data_extents(source, size)
+    expected = None if sums is None else _parse(sums, size)
+    if expected is not None:
+        _require_data(expected, extents)
+    shares = _shares(extents)
+    if len(shares) <= 1:
+        for share in shares:
+            _copy_share(source, target, share, expected)
+        return
+    with ThreadPoolExecutor(len(shares), "memory") as threads:
+        for done in [threads.submit(_copy_share, source, target, share, expected) for share in shares]:
+            done.result()
+
+
+def _copy_share(source: int, target: int, extents: Ranges, expected: "array.array[int] | None") -> None:
+    """Through one small buffer that stays in the processor's cache, and is summed while it is there."""
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
+    at = -1  # the piece of the file in the buffer
+    for start, end in extents:
+        offset = start
+        while offset < end:
+            piece = offset // _CHUNK * _CHUNK
+            if piece != at:
+                length = _read_piece(source, view, piece)
+                at = piece
+                if expected is not None:
+                    _verify(view[:length], piece, expected)
+            stop = min(end, piece + _CHUNK)
+            os.pwrite(target, view[offset - piece : stop - piece], offset)
+            offset = stop
+
+
+def _read_piece(source: int, view: memoryview, piece: int) -> int:
+    length = min(_CHUNK, os.fstat(source).st_size - piece)
+    read_ranges(source, [(piece, piece + length)], view, -piece)
+    return length
+
+
+def read_ranges(source: int, ranges: Iterable[tuple[int, int]], target: memoryview, shift: int = 0) -> None:
+    """Read byte ranges of a file to the same places, moved by ``shift``, in ``target``.
+
+    SnapshotInvalid when it ends before they do.
+    """
     for start, end in ranges:
         offset = start
         while offset < end:
-            count = os.preadv(source, [target[offset : min(offset + _CHUNK, end)]], offset)
+            stop = min(offset + _CHUNK, end)
+            count = os.preadv(source, [target[offset + shift : stop + shift]], offset)
             if count == 0:
                 raise SnapshotInvalid("the memory image ended early: bake the template again")
             offset += count
+
+
+def _shares(extents: Ranges) -> list[Ranges]:
+    """The extents in about equal shares, one for each thread, cut where pieces are."""
+    total = sum(end - start for start, end in extents)
+    each = max(_CHUNK, -(-total // min(_THREADS, os.cpu_count() or 1)))
+    shares: list[Ranges] = [[]]
+    room = each
+    for start, end in extents:
+        at = start
+        while at < end:
+            if room <= 0:
+                shares.append([])
+                room = each
+            stop = min(end, (at + room) // _CHUNK * _CHUNK + _CHUNK)
+            shares[-1].append((at, stop))
+            room -= stop - at
+            at = stop
+    return [share for share in shares if share]
 
 
 # ── sums ─────────────────────────────────────────────────────────────────────────────────────────
@@ -145,40 +206,71 @@ def read_ranges(source: int, ranges: Iterable[tuple[int, int]], target: memoryvi
 
 def sums_of(fd: int, size: int) -> bytes:
     """The sums of a memory of ``size`` bytes: 4 for every 64 KiB, zero for zeros, so that holes and zeros are one."""
-    sums = array.array("I", bytes(size // SUM_CHUNK * 4))
-    if size:
-        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as view:
-            for number in _chunks_of(data_extents(fd, size)):
-                sums[number] = _sum(view, number)
-    return _little_endian(sums).tobytes()
+    return sums_with(array.array("I", bytes(size // SUM_CHUNK * 4)).tobytes(), fd, fd, data_extents(fd, size))
 
 
-def _verify(image: Path, view: memoryview, extents: Ranges, sums: bytes) -> None:
-    expected = array.array("I")
-    if len(sums) == len(view) // SUM_CHUNK * 4:
-        expected.frombytes(sums)
-    else:
-        raise SnapshotInvalid(f"the sums of {image} are cut short: bake the template again")
-    found = array.array("I", bytes(len(sums)))
+def sums_with(sums: bytes, base: int, changed: int, ranges: Ranges) -> bytes:
+    """The sums of the memory ``base``, which are ``sums``, once its ``ranges`` are as they are in ``changed``."""
+    found = _parse(sums, len(sums) // 4 * SUM_CHUNK)
+    chunk = memoryview(bytearray(SUM_CHUNK))
+    pending = iter(ranges)
+    start, end = next(pending, (0, 0))
+    for number in _chunks_of(ranges):
+        first = number * SUM_CHUNK
+        if base != changed:
+            read_ranges(base, [(first, first + SUM_CHUNK)], chunk, -first)
+            while start < first + SUM_CHUNK and start < end:
+                read_ranges(changed, [(max(start, first), min(end, first + SUM_CHUNK))], chunk, -first)
+                if end > first + SUM_CHUNK:
+                    break
+                start, end = next(pending, (0, 0))
+        else:
+            read_ranges(changed, [(first, first + SUM_CHUNK)], chunk, -first)
+        found[number] = _sum(chunk)
+    return _little_endian(found).tobytes()
+
+
+def _parse(sums: bytes, size: int) -> "array.array[int]":
+    if len(sums) != size // SUM_CHUNK * 4:
+        raise SnapshotInvalid("the sums of a memory image are cut short: bake the template again")
+    found = array.array("I")
+    found.frombytes(sums)
+    return _little_endian(found)
+
+
+def _require_data(expected: "array.array[int]", extents: Ranges) -> None:
+    """What shall not be zero must be there at all."""
+    there = bytearray(len(expected))
     for number in _chunks_of(extents):
-        found[number] = _sum(view, number)
-    if found != _little_endian(expected):
-        at = next(number for number, value in enumerate(expected) if found[number] != value)
-        raise SnapshotInvalid(
-            f"memory image {image} is damaged from byte {at * SUM_CHUNK} on: it is not what was saved; "
-            "remove it, and bake the template again"
-        )
+        there[number] = 1
+    for number, value in enumerate(expected):
+        if value and not there[number]:
+            raise _damaged(number)
 
 
-def _sum(view: memoryview, number: int) -> int:
-    return zlib.crc32(view[number * SUM_CHUNK : (number + 1) * SUM_CHUNK]) ^ _ZERO_SUM
+def _verify(piece: memoryview, offset: int, expected: "array.array[int]") -> None:
+    for at in range(0, len(piece), SUM_CHUNK):
+        number = (offset + at) // SUM_CHUNK
+        if _sum(piece[at : at + SUM_CHUNK]) != expected[number]:
+            raise _damaged(number)
+
+
+def _damaged(number: int) -> SnapshotInvalid:
+    return SnapshotInvalid(
+        f"the memory image is damaged at byte {number * SUM_CHUNK}: it is not what was saved; "
+        "remove it (and bake the template again)"
+    )
+
+
+def _sum(chunk: memoryview) -> int:
+    return zlib.crc32(chunk) ^ _ZERO_SUM
 
 
 def _chunks_of(extents: Ranges) -> Iterable[int]:
     done = 0
     for start, end in extents:
         first = max(done, start // SUM_CHUNK)
-        done = -(-end // SUM_CHUNK)
+        done = max(done, -(-end // SUM_CHUNK))
         yield from range(first, done)
 
 

@@ -36,16 +36,11 @@ class Residents:
         return self._held[digest]
 
     def pin(self, digest: str, fd: int) -> None:
-        """Keep the sealed memory of a snapshot whose image is not on disk yet. The descriptor is ours from now on."""
+        """Keep the sealed memory of a snapshot until ``unpin``. The descriptor is ours from now on."""
         self._pinned[digest] = fd
 
-    def unpin(self, digest: str, *, keep: bool) -> None:
-        """It may be let go: as any other parent, or at once."""
-        fd = self._pinned.pop(digest)
-        if keep and digest not in self._held:
-            self._held[digest] = fd
-        else:
-            os.close(fd)
+    def unpin(self, digest: str) -> None:
+        os.close(self._pinned.pop(digest))
 
     async def close(self) -> None:
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
