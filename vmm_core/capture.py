@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import msgspec
 
-from vmm_core.disk import clone_file, data_extents
+from vmm_core.disk import clone_file, data_extents, write_back
 from vmm_core.drivers.base import DISK, MEMORY, SUMS
 from vmm_core.errors import PoolFull, VmmError
 from vmm_core.guest_memory import Copy, GuestMemory
@@ -99,10 +99,8 @@ async def capture(
         shared = os.fstat(guest.file).st_blocks * 512 if whole else 0
         await require((shared + await threads.urgent(guest.private_bytes)) >> 20)
         with contextlib.closing(Copy(guest)) as copy:
-            before = [threads.urgent(lambda: _write_back(disk))]
             if whole:
-                before.append(threads.urgent(copy.before))
-            await asyncio.gather(*before)
+                await asyncio.gather(threads.urgent(lambda: _write_back(disk)), threads.urgent(copy.before))
             async with vm.channel.still():
                 began = time.perf_counter()
                 try:
@@ -167,7 +165,7 @@ def _write_back(disk: Path) -> None:
     """Sharing a file's blocks waits for what is not on storage yet: the most of it shall not be waited for paused."""
     fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fdatasync(fd)
+        write_back(fd, wait=True)
     finally:
         os.close(fd)
 

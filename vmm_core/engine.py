@@ -124,7 +124,7 @@ class Engine:
         directory = Path(data_dir).absolute()
         async with open_pool(directory) as pool:
             engine = cls(directory, pool, chosen, on_step, slots)
-            engine._live.watch_time()
+            engine._live.frozen.watch_time()
             try:
                 yield engine
             finally:
@@ -341,6 +341,7 @@ class Engine:
             if lock is not None:
                 claims.append((directory, lock))
         adopted = await asyncio.gather(*(self._adopt_or_clear(directory, lock) for directory, lock in claims))
+        await asyncio.to_thread(self.snapshots.sweep)
         return [vm for vm in adopted if vm is not None]
 
     def records(self) -> list[VmRecord]:
@@ -383,7 +384,7 @@ class Engine:
 
     def frozen(self) -> list[Frozen]:
         """Every frozen VM of the data directory, oldest first."""
-        return self._live.frozen()
+        return self._live.frozen.all()
 
     async def thaw(self, vm_id: str, *, ttl: float = 3600.0) -> RunningVm:
         """Run a frozen VM again: the same machine, its processes go on (``attach`` to their streams).
@@ -395,7 +396,7 @@ class Engine:
 
     async def discard(self, vm_id: str) -> None:
         """Remove a frozen VM. UnknownVm when there is none of that id."""
-        await self._live.discard(vm_id)
+        await self._live.frozen.discard(vm_id)
 
     # ── parts of a fork ──────────────────────────────────────────────────────────────────────────
 
@@ -656,7 +657,7 @@ class Engine:
             return None
         try:
             # Both a VM and frozen: a freeze or a thaw was cut short, and what is frozen is whole.
-            if record.expires_at <= time.time() or self._live.is_frozen(record.id):
+            if record.expires_at <= time.time() or self._live.frozen.has(record.id):
                 await driver_vm.kill()
                 return None
             channel = await Channel.connect(driver_vm.agent_socket)

@@ -18,7 +18,7 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -28,16 +28,15 @@ from vmm_core.capture import Captured, Image, Threads, capture, write_image, wri
 from vmm_core.disk import Pool
 from vmm_core.drivers.base import MEMORY, SUMS
 from vmm_core.errors import BadRequest, SnapshotInvalid, UnknownTemplate, UnknownVm, VmmError
+from vmm_core.frozen import FrozenVms
 from vmm_core.machine import Frozen, Identity, MachineSpec, Manifest, Snapshot, VmExit
 from vmm_core.residents import Residents
 from vmm_core.snapshot import SnapshotStore, file_sizes, load_memory
 from vmm_core.vm import RunningVm
 
-FROZEN_SECONDS = 7 * 24 * 3600.0
 MOST_CHILDREN = 256
 _CHILD_MIB = 96
 _CLOSE_SECONDS = 60.0
-_LONGEST_TIMER = 24 * 3600.0
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ class Live:
         self._turns: dict[str, asyncio.Lock] = {}
         self._writing: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self.frozen = FrozenVms(engine.snapshots)
 
     # ── forks ────────────────────────────────────────────────────────────────────────────────────
 
@@ -223,7 +222,7 @@ class Live:
                     captured.close()
             vm.end_as(VmExit(kind="frozen", cause="frozen", reason=f"frozen as {frozen.digest[:12]}"))
             await vm.destroy()
-        self.watch_time()
+        self.frozen.watch_time()
         return frozen
 
     async def _save_frozen(
@@ -241,13 +240,9 @@ class Live:
         await self._threads.urgent(lambda: self._snapshots.publish(draft, manifest))
         return frozen
 
-    def frozen(self) -> list[Frozen]:
-        """Every frozen machine of the data directory, oldest first."""
-        return [frozen for snapshot in self._snapshots.frozen() if (frozen := snapshot.manifest.frozen)]
-
     async def thaw(self, vm_id: str, ttl: float) -> RunningVm:
         """See ``Engine.thaw``."""
-        async with self._claimed(vm_id) as (snapshot, frozen):
+        async with self.frozen.claimed(vm_id) as (snapshot, frozen):
             manifest = snapshot.manifest
             if (problem := self._engine.misfit(manifest)) is not None:
                 raise SnapshotInvalid(f"frozen VM {vm_id} cannot be thawed on this host: {problem}")
@@ -270,54 +265,9 @@ class Live:
             except BaseException:
                 await vm.destroy()
                 raise
-        await asyncio.to_thread(self._snapshots.tidy)
         return vm
 
-    async def discard(self, vm_id: str) -> None:
-        """See ``Engine.discard``."""
-        async with self._claimed(vm_id) as (snapshot, _):
-            self._snapshots.retire(snapshot)
-        await asyncio.to_thread(self._snapshots.tidy)
-
-    def is_frozen(self, vm_id: str) -> bool:
-        return any(frozen.id == vm_id for frozen in self.frozen())
-
-    @contextlib.asynccontextmanager
-    async def _claimed(self, vm_id: str) -> AsyncGenerator[tuple[Snapshot, Frozen]]:
-        """The frozen machine of this id, which nobody else thaws, discards or forks meanwhile."""
-        digest = next((frozen.digest for frozen in self.frozen() if frozen.id == vm_id), None)
-        unknown = UnknownVm(
-            f"there is no frozen VM {vm_id}: it was thawed or discarded, or its time has passed"
-        )
-        if digest is None:
-            raise unknown
-        held = self._snapshots.hold(digest, alone=True)
-        if held is None:
-            raise BadRequest(f"frozen VM {vm_id} is being thawed or discarded by somebody else right now")
-        try:
-            snapshot = self._snapshots.load(digest)
-            if (frozen := snapshot.manifest.frozen) is None:
-                raise unknown
-            yield snapshot, frozen
-        except UnknownTemplate:
-            raise unknown from None
-        finally:
-            os.close(held)
-
-    # ── time and order ───────────────────────────────────────────────────────────────────────────
-
-    def watch_time(self) -> None:
-        """Remove the frozen machines whose time has passed, now and whenever the next one's has."""
-        if self._timer is not None:
-            self._timer.cancel()
-        left = _LONGEST_TIMER
-        for frozen in self.frozen():
-            remaining = frozen.expires_at - time.time()
-            if remaining <= 0:
-                self._spawn(self._expire(frozen.id))
-            else:
-                left = min(left, remaining)
-        self._timer = asyncio.get_running_loop().call_later(left + 0.01, self.watch_time)
+    # ── order ────────────────────────────────────────────────────────────────────────────────────
 
     def gone(self, vm: RunningVm) -> None:
         """A VM has ended: what it stood on may be of no use any more."""
@@ -332,16 +282,11 @@ class Live:
 
     async def close(self) -> None:
         """Captures are written to their end, so that what runs on can stand on them."""
-        if self._timer is not None:
-            self._timer.cancel()
+        await self.frozen.close()
         waiting = {*self._writing.values(), *self._tasks}
         if waiting:
             await asyncio.wait(waiting, timeout=_CLOSE_SECONDS)
         self._threads.close()
-
-    async def _expire(self, vm_id: str) -> None:
-        with contextlib.suppress(BadRequest):  # somebody else was quicker, or thaws it right now
-            await self.discard(vm_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="live")

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vmm_core.disk import data_extents
+from vmm_core.disk import data_extents, write_back
 from vmm_core.errors import SnapshotInvalid
 
 # The name of the mapping in /proc/PID/smaps; accounting finds guest memory by it.
@@ -24,6 +24,7 @@ PAGE = 4096
 SUM_CHUNK = 64 << 10
 _CHUNK = 1 << 20
 _THREADS = 4
+_WRITE_BACK = 8 << 20  # so much at a time is on its way to storage while more is prepared
 _ZERO_PAGE = bytes(PAGE)
 _ZERO_CHUNK = bytes(_CHUNK)
 _ZERO_SUM = zlib.crc32(bytes(SUM_CHUNK))
@@ -64,11 +65,14 @@ def save_sparse(source: int, target: Path) -> int:
 
 def write_ranges(source: int, ranges: Iterable[tuple[int, int]], target: int) -> int:
     """Bring ``ranges`` of the image ``target`` up to ``source``; zero pages become holes. Returns the bytes written."""
-    written = 0
+    written = begun = 0
     for start, end in ranges:
         for offset in range(start, end, _CHUNK):
             chunk = os.pread(source, min(_CHUNK, end - offset), offset)
             written += _write_pages(target, chunk, offset)
+            if written - begun >= _WRITE_BACK:
+                begun = written
+                write_back(target, wait=False)
     return written
 
 
