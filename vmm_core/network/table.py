@@ -60,9 +60,12 @@ class HostTable:
                 fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-            if not claims.numbers():
-                await self._firewall.drop()
-                self._forwarding.back()
+            try:
+                if not claims.numbers():
+                    await self._firewall.drop()
+                    self._forwarding.back()
+            finally:
+                fcntl.flock(self._users, fcntl.LOCK_UN)
 
     def close(self) -> None:
         os.close(self._turn)
