@@ -9,6 +9,7 @@ says what is missing.
 import asyncio
 import contextlib
 import os
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -24,9 +25,11 @@ from vmm_core.network.addresses import Slot
 from vmm_core.network.slots import SlotPool
 
 READY = 8
-# Forks in a row shall not share the CPUs with the preparation of their successors.
-_REST_SECONDS = 0.05
-_MOST_RUNNING = 64
+_SLOTS_AHEAD = 4
+# Forks under way shall not share the CPUs with the preparation of their successors, unless these run out.
+_LOW = 2
+_PATIENCE_SECONDS = 1.0
+_LOOK_SECONDS = 0.01
 _UNJAILED_UID = 65534
 
 
@@ -50,6 +53,7 @@ class Berths:
         self._ready: deque[Berth] = deque()
         self._usual: Limits | None = None
         self._filling: asyncio.Task[None] | None = None
+        self._starting = 0
 
     @property
     def jailed(self) -> bool:
@@ -61,6 +65,15 @@ class Berths:
             user.check(network)
         else:
             self.slots.check(network)
+
+    @contextlib.asynccontextmanager
+    async def starting(self) -> AsyncGenerator[None]:
+        """A VM starts within: what is not needed at once waits a little."""
+        self._starting += 1
+        try:
+            yield
+        finally:
+            self._starting -= 1
 
     async def take(self, machine: MachineSpec, owner: Path) -> Berth:
         """A berth for the VM in the directory ``owner``, from those prepared where one fits. Raises HostUnfit."""
@@ -141,10 +154,15 @@ class Berths:
 
     async def _fill(self) -> None:
         """Prepare berths of the usual shape, one after the other. A failure is left for ``take`` to tell."""
-        await asyncio.sleep(_REST_SECONDS)
         with contextlib.suppress(VmmError):
             while self._usual is not None and len(self._ready) < READY:
+                await self._calm()
                 self._ready.append(await self._prepare(self._usual))
+
+    async def _calm(self) -> None:
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while self._starting and len(self._ready) > _LOW and time.monotonic() < end:
+            await asyncio.sleep(_LOOK_SECONDS)
 
 
 @contextlib.asynccontextmanager
@@ -161,7 +179,7 @@ async def open_berths(
             why = jailer.why
         if why is not None and slots:
             raise HostUnfit(f"network slots and jails cannot be used on this host: {why}")
-        pool = None if why is not None else await stack.enter_async_context(SlotPool.open(READY))
+        pool = None if why is not None else await stack.enter_async_context(SlotPool.open(_SLOTS_AHEAD))
         berths = Berths(jailer, pool, why or "", kvm=kvm)
         try:
             yield berths

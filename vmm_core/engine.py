@@ -221,8 +221,9 @@ class Engine:
         """A clone of ``snapshot`` known as ``identity``, which stands on the snapshot ``parent``."""
         manifest = snapshot.manifest
         started = time.perf_counter()
-        async with contextlib.AsyncExitStack() as undo:
-            berths, berth, opening = await self._take_berth(identity.id, machine, undo)
+        berths = await self._get_berths()
+        async with berths.starting(), contextlib.AsyncExitStack() as undo:
+            berth, opening = await self._take_berth(berths, identity.id, machine, undo)
             place, lock = self._new_place(identity.id, machine.network, ttl, undo)
             self._on_step("disk")
             await self._clone_disk(snapshot.path / DISK, place.directory / DISK)
@@ -410,8 +411,9 @@ class Engine:
         accel = await self.choose_accel(image)
         started = time.perf_counter()
         identity = new_identity()
-        async with contextlib.AsyncExitStack() as undo:
-            berths, berth, opening = await self._take_berth(identity.id, machine, undo)
+        berths = await self._get_berths()
+        async with berths.starting(), contextlib.AsyncExitStack() as undo:
+            berth, opening = await self._take_berth(berths, identity.id, machine, undo)
             place, lock = self._new_place(identity.id, machine.network, ttl, undo)
             self._on_step("disk")
             await self._clone_disk(image.disk, place.directory / DISK)
@@ -476,15 +478,14 @@ class Engine:
             return self._berths
 
     async def _take_berth(
-        self, vm_id: str, machine: MachineSpec, undo: contextlib.AsyncExitStack
-    ) -> tuple[Berths, Berth, asyncio.Future[None]]:
+        self, berths: Berths, vm_id: str, machine: MachineSpec, undo: contextlib.AsyncExitStack
+    ) -> tuple[Berth, asyncio.Future[None]]:
         """A place to run, and the opening of its network, which goes on beside the start of the VMM."""
-        berths = await self._get_berths()
         berth = await berths.take(machine, self.pool.vms / vm_id)
         undo.push_async_callback(berths.give_back, berth)
         opening = asyncio.ensure_future(berths.open(berth, machine.network))
         undo.push_async_callback(_abandon, opening)
-        return berths, berth, opening
+        return berth, opening
 
     async def _require(self, machine: MachineSpec, memory_mib: int) -> None:
         """Refuse early, by name, what cannot work."""

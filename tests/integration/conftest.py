@@ -1,8 +1,13 @@
 """Real VMs: one engine for the session and a template baked from the ``minimal`` recipe."""
 
+import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -10,6 +15,8 @@ from images.bake import bake
 from images.recipe import load_recipe
 from vmm_core.engine import Engine
 from vmm_core.machine import Snapshot
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="session")
@@ -27,29 +34,44 @@ async def minimal(engine: Engine) -> Snapshot:
     return (await bake(engine, load_recipe("minimal"), progress=lambda _event: None)).snapshot
 
 
-def open_files() -> set[str]:
-    """What this process has open, without what comes and goes with threads and the loop."""
-    found: set[str] = set()
+def open_files() -> Counter[str]:
+    """How many of each kind of file this process has open (numbers come and go with threads and the loop)."""
+    found: Counter[str] = Counter()
     for fd in os.listdir("/proc/self/fd"):
-        try:
-            found.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
-        except FileNotFoundError:
-            continue
+        with contextlib.suppress(FileNotFoundError):
+            found[re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{fd}"))] += 1
+    return found
+
+
+async def at_rest(look: Callable[[], T]) -> T:
+    """What ``look`` finds once nothing changes any more: an engine prepares berths in the background."""
+    found, same = look(), 0
+    async with asyncio.timeout(20):
+        while same < 4:
+            await asyncio.sleep(0.15)
+            now = look()
+            found, same = now, same + 1 if now == found else 0
     return found
 
 
 def vmm_processes(engine: Engine) -> list[int]:
-    """Every process on this host whose working directory is a VM of this engine's pool."""
+    """Every VMM and relay of this engine's pool: by its disk, which a jailed one has open, or its directory."""
     found: list[int] = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                directory = os.readlink(entry / "cwd")
-            except OSError:
-                continue
-            if directory.startswith(f"{engine.pool.vms}/"):
-                found.append(int(entry.name))
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and int(entry.name) != os.getpid():
+                held = [entry / "cwd"]
+                if (entry / "comm").read_text().startswith("qemu-system"):
+                    held += (entry / "fd").iterdir()
+                if any(_inside(path, engine.pool.vms) for path in held):
+                    found.append(int(entry.name))
     return found
+
+
+def _inside(link: Path, directory: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(link).startswith(f"{directory}/")
+    return False
 
 
 @pytest.fixture

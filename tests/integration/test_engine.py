@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.integration.conftest import open_files, vmm_processes
+from tests.integration.conftest import at_rest, open_files, vmm_processes
 from vmm_core import console
 from vmm_core import engine as engine_module
 from vmm_core.engine import Engine
@@ -159,11 +159,14 @@ async def test_a_fork_that_fails_at_any_step_leaves_nothing(
         async with engine.fork(minimal) as vm:  # loads what stays open, and shows that every step is known
             assert vm.id
         assert heard == STEPS
-        before = (open_files(), vmm_processes(engine), sorted(engine.pool.vms.iterdir()))
+        before = await at_rest(
+            lambda: (open_files(), vmm_processes(engine), sorted(engine.pool.vms.iterdir()))
+        )
         armed = True
         with pytest.raises(RuntimeError, match=f"injected at {step}"):
             await engine.launch(minimal)
-        assert (open_files(), vmm_processes(engine), sorted(engine.pool.vms.iterdir())) == before
+        now = await at_rest(lambda: (open_files(), vmm_processes(engine), sorted(engine.pool.vms.iterdir())))
+        assert now == before
         assert not engine.vms()
 
 
@@ -364,8 +367,9 @@ async def networked(engine: Engine) -> Snapshot:
     return (await bake(engine, load_recipe(str(path)), progress=lambda _event: None)).snapshot
 
 
+@pytest.mark.parametrize("slots", [True, False], ids=["slot", "plain"])
 async def test_a_guest_reaches_what_it_was_opened_to_and_nothing_else(
-    engine: Engine, networked: Snapshot
+    data_dir: Path, networked: Snapshot, slots: bool
 ) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"pong:" + await reader.read(100))
@@ -376,7 +380,12 @@ async def test_a_guest_reaches_what_it_was_opened_to_and_nothing_else(
     secret = await asyncio.start_server(answer, "127.0.0.1", 0)
     port, secret_port = (server.sockets[0].getsockname()[1] for server in (allowed, secret))
     rule = EgressRule(host="forge.test", port=8080, via=f"127.0.0.1:{port}")
-    async with allowed, secret, engine.fork(networked, allow=[rule]) as vm:
+    async with (
+        allowed,
+        secret,
+        Engine.open(data_dir, slots=slots) as engine,
+        engine.fork(networked, allow=[rule]) as vm,
+    ):
 
         async def fetch(host: str, to: int) -> tuple[int, bytes]:
             result = await vm.exec(["python3", "-c", FETCH, host, str(to)], timeout=30)
@@ -407,7 +416,9 @@ async def test_a_machine_without_a_card_is_not_opened_to_anything(engine: Engine
 @pytest.mark.parametrize(
     "rule",
     [
-        EgressRule(host="1.2.3.4", port=80),
+        EgressRule(host="127.0.0.1", port=80),
+        EgressRule(host="0.0.0.0/0", port=443),
+        EgressRule(host="169.254.169.254", port=80),
         EgressRule(host="forge.test", port=0),
         EgressRule(host="a b", port=80),
         EgressRule(host="x;reboot", port=80),
@@ -588,7 +599,7 @@ async def test_closing_an_engine_waits_for_a_destruction_whose_asker_was_cancell
     assert not vmm_processes(engine)
 
 
-async def test_a_vm_takes_its_relays_along(engine: Engine, networked: Snapshot) -> None:
+async def test_a_plain_vm_takes_its_relays_along(data_dir: Path, networked: Snapshot) -> None:
     held: list[asyncio.StreamWriter] = []
 
     async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -599,6 +610,7 @@ async def test_a_vm_takes_its_relays_along(engine: Engine, networked: Snapshot) 
     port = server.sockets[0].getsockname()[1]
     async with (
         server,
+        Engine.open(data_dir, slots=False) as engine,
         engine.fork(networked, allow=[EgressRule("forge.test", 80, via=f"127.0.0.1:{port}")]) as vm,
     ):
         script = "import socket, time; s = socket.create_connection(('forge.test', 80)); time.sleep(60)"
