@@ -8,7 +8,6 @@ file itself. The VMM may have been taken over by its guest: what /proc tells of 
 import array
 import contextlib
 import ctypes
-import mmap
 import os
 import re
 from collections.abc import Generator
@@ -16,11 +15,10 @@ from pathlib import Path
 
 from vmm_core.disk import data_extents
 from vmm_core.errors import VmDied, VmmProtocolError
-from vmm_core.memory import MEMFD_NAME, PAGE, Ranges, copy_data, fresh_memory, read_ranges, seal
+from vmm_core.memory import MEMFD_NAME, PAGE, Ranges, copy_data, copy_ranges, fresh_memory, in_shares, seal
 
 _IOVECS = 1024  # IOV_MAX
-_PIECE = 64 << 20  # of at most so many in one call, below the kernel's 2 GiB
-_BATCH_BYTES = 1 << 30
+_BATCH_BYTES = 1 << 20  # in one call: a buffer that stays in the processor's cache
 # The top byte of a pagemap entry: bit 63 present, bit 62 swapped, bit 61 a page of a file or shared memory.
 _PRIVATE = bytes(int(bool(top & 0xC0) and not top & 0x20) for top in range(256))
 _RUN = re.compile(b"\x01+")
@@ -80,32 +78,38 @@ class GuestMemory:
     def private_bytes(self) -> int:
         return sum(end - start for start, end in self.changes())
 
-    def copy(self, ranges: Ranges, target: memoryview) -> None:
-        """Copy ``ranges`` to the same place in ``target``. Of one instant only while the machine is stopped."""
+    def copy(self, ranges: Ranges, target: int) -> None:
+        """Copy ``ranges`` to the same places in the file ``target``. Of one instant only while it is stopped."""
         if self.shared:
-            read_ranges(self.file, ranges, target)
-            return
-        base = ctypes.c_char.from_buffer(target)
-        try:
-            for batch in _batches(ranges):
-                self._read(batch, ctypes.addressof(base))
-        finally:
-            del base
+            copy_ranges(self.file, target, ranges)
+        else:
+            in_shares(ranges, lambda share: self._copy_private(share, target))
+
+    def _copy_private(self, ranges: Ranges, target: int) -> None:
+        buffer = bytearray(_BATCH_BYTES)
+        view = memoryview(buffer)
+        place = ctypes.c_char.from_buffer(buffer)
+        for batch in _batches(ranges):
+            self._read(batch, ctypes.addressof(place))
+            at = 0
+            for start, end in batch:
+                os.pwrite(target, view[at : at + end - start], start)
+                at += end - start
 
     def _read(self, batch: Ranges, target: int) -> None:
-        ours, theirs = array.array("Q"), array.array("Q")
+        """Read ranges one behind the other to the address ``target`` (process_vm_readv(2))."""
+        size = sum(end - start for start, end in batch)
+        ours, theirs = array.array("Q", (target, size)), array.array("Q")
         for start, end in batch:
-            ours.extend((target + start, end - start))
             theirs.extend((self._address(start), end - start))
-        expected = sum(end - start for start, end in batch)
         got = _libc.process_vm_readv(
             ctypes.c_int(self.pid),
-            ctypes.c_void_p(ours.buffer_info()[0]), ctypes.c_ulong(len(batch)),
+            ctypes.c_void_p(ours.buffer_info()[0]), ctypes.c_ulong(1),
             ctypes.c_void_p(theirs.buffer_info()[0]), ctypes.c_ulong(len(batch)),
             ctypes.c_ulong(0),
         )  # fmt: skip
-        if got != expected:
-            why = os.strerror(ctypes.get_errno()) if got < 0 else f"{got} of {expected} bytes"
+        if got != size:
+            why = os.strerror(ctypes.get_errno()) if got < 0 else f"{got} of {size} bytes"
             raise VmmProtocolError(f"the memory of the VMM {self.pid} cannot be read: {why}")
 
     def _address(self, offset: int) -> int:
@@ -131,8 +135,7 @@ class Copy:
 
     def during(self) -> None:
         self.ranges = self._memory.changes()
-        with mmap.mmap(self._fd, self._memory.size) as mapping, memoryview(mapping) as view:
-            self._memory.copy(self.ranges, view)
+        self._memory.copy(self.ranges, self._fd)
 
     def sealed(self) -> int:
         """The finished copy; its descriptor is the caller's."""
@@ -183,16 +186,18 @@ def _open_mapped(pid: int, inode: int, size: int) -> int:
 
 
 def _batches(ranges: Ranges) -> Generator[Ranges]:
-    """Ranges cut into calls: at most _IOVECS of them, of _PIECE each, and _BATCH_BYTES in all."""
+    """Ranges cut into calls: at most _IOVECS of them and _BATCH_BYTES in all."""
     batch: Ranges = []
-    size = 0
-    for start, end in ranges:
-        for piece in range(start, end, _PIECE):
-            stop = min(end, piece + _PIECE)
-            if len(batch) == _IOVECS or size + stop - piece > _BATCH_BYTES:
+    room = _BATCH_BYTES
+    for first, end in ranges:
+        start = first
+        while start < end:
+            stop = min(end, start + room)
+            batch.append((start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0 or len(batch) == _IOVECS:
                 yield batch
-                batch, size = [], 0
-            batch.append((piece, stop))
-            size += stop - piece
+                batch, room = [], _BATCH_BYTES
     if batch:
         yield batch

@@ -11,7 +11,7 @@ import fcntl
 import os
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -136,13 +136,23 @@ def copy_data(source: int, target: int, size: int, sums: bytes | None = None) ->
     expected = None if sums is None else _parse(sums, size)
     if expected is not None:
         _require_data(expected, extents)
-    shares = _shares(extents)
+    in_shares(extents, lambda share: _copy_share(source, target, share, expected))
+
+
+def copy_ranges(source: int, target: int, ranges: Ranges) -> None:
+    """Copy byte ranges of one memory to the same places in another."""
+    in_shares(ranges, lambda share: _copy_share(source, target, share, None))
+
+
+def in_shares(ranges: Ranges, work: Callable[[Ranges], None]) -> None:
+    """Have about equal shares of the ranges worked on by threads at once."""
+    shares = _shares(ranges)
     if len(shares) <= 1:
         for share in shares:
-            _copy_share(source, target, share, expected)
+            work(share)
         return
     with ThreadPoolExecutor(len(shares), "memory") as threads:
-        for done in [threads.submit(_copy_share, source, target, share, expected) for share in shares]:
+        for done in [threads.submit(work, share) for share in shares]:
             done.result()
 
 
