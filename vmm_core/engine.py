@@ -672,6 +672,7 @@ class Engine:
             raise
         except (GuestError, VmDied):
             await driver_vm.kill()
+            self.ledger.saw(record.id, await driver_vm.wait())
             return None
         release = await self._adopt_berth(record, directory)
         capture = Console(directory, CONSOLE_SOCKET)

@@ -49,12 +49,18 @@ class Ledger:
         self._lessons.add(lesson)
         lesson.add_done_callback(self._lessons.discard)
 
+    def saw(self, vm_id: str, found: VmExit) -> None:
+        """A VM ended in the middle of its adoption, before anybody owned it: how its VMM ended."""
+        self._endings[vm_id] = found
+
     def found_dead(self, directory: Path) -> None:
         """A VM that ended while nobody owned it is about to be removed: keep what its directory still tells."""
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             record = msgspec.json.decode((directory / RECORD).read_bytes(), type=VmRecord)
             text, tail = console.text(directory), console.tail(directory)
-            self._endings[record.id] = evidence.tell(_unseen(record), None, console=text, tail=tail)
+            seen = self._endings.pop(record.id, None)
+            found = _unseen(record) if seen is None or seen.cause in ("unknown", "vmm_killed") else seen
+            self._endings[record.id] = evidence.tell(found, None, console=text, tail=tail, usage=found.usage)
             while len(self._endings) > _ENDINGS_KEPT:
                 self._endings.popitem(last=False)
 
