@@ -53,7 +53,13 @@ class Revive(msgspec.Struct, frozen=True):
 
 
 class Channel:
-    """One connection to one agent. Any number of tasks may use it."""
+    """One connection to one agent. Any number of tasks may use it.
+
+    What a hostile guest can make the host hold: 0.4 MiB of input nobody has looked at or asked for, 512 KiB a
+    command (a window each of stdout and stderr; ``Process.collect`` its ``max_bytes`` besides), ``max_bytes`` and
+    256 KiB a ``get``, 8 MiB of requests it does not read. Of the event loop's time it gets turns of about 0.1 ms,
+    and an eighth while it has more to say; 2,048 frames or 2 MiB that mean nothing end the channel.
+    """
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -83,7 +89,12 @@ class Channel:
         return await self._link.ask(wire.HelloRequest(token), wire.Hello, timeout)
 
     async def revive(self, revive: Revive, *, timeout: float = 5.0) -> Revived:
-        """Begin, and give a fork its own entropy, clock and names; one frame each way. Opens the gate."""
+        """Begin, and give a fork its own entropy, clock and names; one frame each way. Opens the gate.
+
+        In a copy of a running machine the answer names its commands: ``attach`` to them from ``None``. With the
+        ``machine_id`` it had (a thawed machine) it keeps its ssh host keys. What programs have drawn from the
+        system's entropy before cannot be taken back: two copies of a running TLS library share its state.
+        """
         request = wire.ReviveRequest(
             token=revive.token,
             entropy=revive.entropy or secrets.token_bytes(64),
@@ -152,7 +163,8 @@ class Channel:
     ) -> Process:
         """Go on with a command that an earlier connection started: outputs from these offsets, no gap.
 
-        ``None`` means the oldest byte the agent still has, that is the first unacknowledged one.
+        ``None`` means the oldest byte the agent still has, that is the first unacknowledged one: what the host of
+        a parent had acknowledged before the copy was made is not in the copy.
         Raises GuestRefused: ``unknown_exec``, or ``bad_offset`` for bytes that were acknowledged before.
         """
         process = Process(self._link, checked_id(exec_id))
@@ -259,7 +271,7 @@ class Channel:
         except TimeoutError:
             raise GuestTimeout(f"get {path}: not read within {timeout:g} s") from None
         finally:
-            self._link.streams.pop(stream, None)
+            self._link.let_go(stream, flow.expected)
             if size is not None:
                 self._cancel(size, stream)
         if not flow.ended or told != len(data):

@@ -6,6 +6,10 @@
 
 Every frame has to bring something on: answer a pending request or move a stream forward. Frames that do not
 (garbage, leftovers of an earlier connection, repetitions) are dropped on a budget, and a flood ends the link.
+Frames that do are worked on by turns: a guest with much to say is not read while its turn is over, so that its
+bytes wait in the guest and other guests' links go on (limits.py).
+
+A link holds at most MAX_HELD bytes of input that nobody has asked for, and UNSENT_BYTES of output.
 """
 
 import asyncio
@@ -29,39 +33,19 @@ from vmm_core.errors import (
     GuestTimeout,
 )
 from vmm_core.guest import wire
+from vmm_core.guest.limits import Budget, Share, next_stop
 
 T = TypeVar("T", bound=msgspec.Struct)
 Receiver = Callable[[int, bytes], bool]  # (frame type, payload) → whether it brought something on
 
-USELESS_FRAMES = 512  # a second, and at most so many at once
-USELESS_BYTES = 2 << 20
 _SETTLE_SECONDS = 0.02
 UNSENT_BYTES = 8 << 20  # a guest that reads nothing at all
+READ_BYTES = 256 << 10  # most that asyncio's transports hand over at once
+MAX_HELD = READ_BYTES + wire.MAX_ENCODED  # what is not looked at yet, and the beginning of a frame
+LET_GO = 512  # streams nobody listens to any more that are remembered
 
 _ENCODER = msgspec.json.Encoder()
 _VERDICT = msgspec.json.Decoder(wire.Verdict)
-
-
-class Budget:
-    """How much useless input is tolerated: a token bucket of frames and one of bytes."""
-
-    def __init__(self, now: float) -> None:
-        self._then = now
-        self._frames = float(USELESS_FRAMES)
-        self._bytes = float(USELESS_BYTES)
-        self.frames = 0
-        self.bytes = 0
-
-    def spend(self, now: float, frames: int, size: int) -> None:
-        passed, self._then = now - self._then, now
-        self._frames = min(USELESS_FRAMES, self._frames + passed * USELESS_FRAMES) - frames
-        self._bytes = min(USELESS_BYTES, self._bytes + passed * USELESS_BYTES) - size
-        self.frames += frames
-        self.bytes += size
-        if self._frames < 0 or self._bytes < 0:
-            raise GuestProtocolError(
-                f"the guest floods its channel: {self.frames} useless frames, {self.bytes} useless bytes"
-            )
 
 
 def offset_of(payload: bytes) -> int:
@@ -79,10 +63,14 @@ def printable(text: str, limit: int = 300) -> str:
 class Link(asyncio.Protocol):
     """The connection itself. Requests and streams are numbered afresh from a random start."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: Share | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._decoder = wire.Decoder()
+        self._input = b""  # received; looked at up to ``_seen``
+        self._seen = 0
+        self._share = share or Share(self._loop.time())
+        self._resting: asyncio.TimerHandle | None = None
         self._budget = Budget(self._loop.time())
         self._pending: dict[int, tuple[Callable[[bytes], None], Callable[[GuestError], None]]] = {}
         self._next = secrets.randbelow(1 << 30) << 2
@@ -91,6 +79,7 @@ class Link(asyncio.Protocol):
         self._writable.set()
         self._held: bytearray | None = None
         self.streams: dict[int, Receiver] = {}
+        self._let_go: dict[int, int] = {}  # stream nobody listens to any more → bytes it may still bring
         self.waiters: set[asyncio.Event] = set()  # set when the link is lost
         self.error: GuestError | None = None
         self.closed: asyncio.Future[None] = self._loop.create_future()
@@ -123,20 +112,52 @@ class Link(asyncio.Protocol):
         self._writable.set()
 
     def data_received(self, data: bytes) -> None:
-        if self.error is not None:
-            return
-        decoder = self._decoder
+        if self.error is None:
+            self._input = self._input[self._seen :] + data
+            self._seen = 0
+            if self._resting is None:
+                self._take_turn()
+
+    def _take_turn(self) -> None:
+        """Look at input until the turn is over; nothing is read while some is left or the guest has to wait."""
+        self._resting = None
+        self._share.begin()
         try:
-            frames = decoder.feed(data)
-            if (decoder.bad, decoder.garbage) != self._counted:
-                bad, garbage = self._counted
-                self._counted = decoder.bad, decoder.garbage
-                self._waste(decoder.bad - bad, decoder.garbage - garbage)
-            for kind, stream, payload in frames:
-                if not self._dispatch(kind, stream, payload):
-                    self._waste(1, len(payload))
+            while self._seen < len(self._input) and self.error is None:
+                start, self._seen = self._seen, next_stop(self._input, self._seen)
+                self._look_at(self._input[start : self._seen])
+                if self._share.over:
+                    break
         except GuestProtocolError as error:
             self.fail(error)
+        if self.error is not None:
+            return
+        if self._seen == len(self._input):
+            self._input, self._seen = b"", 0
+        pause = self._share.end(self._loop.time())
+        if self._input or pause:
+            self._resting = self._loop.call_later(pause, self._take_turn)
+        self._read_or_wait()
+
+    def _read_or_wait(self) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self._resting is None and self._held is None:
+            transport.resume_reading()
+        else:
+            transport.pause_reading()
+
+    def _look_at(self, data: bytes) -> None:
+        decoder = self._decoder
+        frames = decoder.feed(data)
+        if (decoder.bad, decoder.garbage) != self._counted:
+            bad, garbage = self._counted
+            self._counted = decoder.bad, decoder.garbage
+            self._waste(decoder.bad - bad, decoder.garbage - garbage)
+        for kind, stream, payload in frames:
+            if not self._dispatch(kind, stream, payload):
+                self._waste(1, len(payload))
 
     # -------------------------------------------------------- frames
 
@@ -153,8 +174,24 @@ class Link(asyncio.Protocol):
             return True
         if kind in (wire.DATA, wire.EOF, wire.ACK, wire.EXIT):
             receiver = self.streams.get(stream)
-            return receiver is not None and receiver(kind, payload)
+            return self._drop(kind, stream, payload) if receiver is None else receiver(kind, payload)
         return False
+
+    def let_go(self, stream: int, room: int) -> None:
+        """Listen to a stream no more; the ``room`` bytes the guest may still send are not held against it."""
+        self.streams.pop(stream, None)
+        if room > 0:
+            self._let_go[stream] = room
+            if len(self._let_go) > LET_GO:
+                del self._let_go[next(iter(self._let_go))]
+
+    def _drop(self, kind: int, stream: int, payload: bytes) -> bool:
+        """Whether this was to be expected of a stream that was let go."""
+        room = self._let_go.pop(stream, 0)
+        size = len(payload) - wire.OFFSET.size
+        if kind == wire.DATA and 0 < size < room:
+            self._let_go[stream] = room - size
+        return 0 < room >= size
 
     def send(self, kind: int, stream: int, payload: bytes) -> None:
         """Queue one frame. Raises what the link was lost for."""
@@ -185,7 +222,7 @@ class Link(asyncio.Protocol):
         """
         if self._held is None and self._transport is not None:
             self._held = bytearray()
-            self._transport.pause_reading()
+            self._read_or_wait()
             deadline = self._loop.time() + _SETTLE_SECONDS
             while _unread(self._transport) and self._loop.time() < deadline:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
@@ -193,7 +230,7 @@ class Link(asyncio.Protocol):
     def release(self) -> None:
         held, self._held = self._held, None
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+            self._read_or_wait()
             if held:
                 self._transport.write(bytes(held))
 
@@ -280,6 +317,9 @@ class Link(asyncio.Protocol):
         for _, lose in tuple(self._pending.values()):
             lose(fresh(error))
         self._pending.clear()
+        self._input, self._seen = b"", 0
+        if self._resting is not None:
+            self._resting.cancel()
         self._writable.set()
         for event in self.waiters:
             event.set()

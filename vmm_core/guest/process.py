@@ -19,9 +19,10 @@ from vmm_core.machine import ExecResult, Output
 StreamName = Literal["stdout", "stderr"]
 
 PIECE = 64 << 10  # largest piece of output handed out
+LEAST = 4 << 10  # bytes of input in a frame, but for the last
 ACK_EVERY = wire.WINDOW // 4
 GRACE = 10.0  # seconds the host waits longer than the agent should
-SEGMENTS = 1024  # of remembered interleaving of stdout and stderr
+SEGMENTS = 256  # of remembered interleaving of stdout and stderr
 
 _EXIT = msgspec.json.Decoder(wire.Exit)
 
@@ -47,8 +48,9 @@ class Inflow:
         return len(self._buffer)
 
     @property
-    def finished(self) -> bool:
-        return self.ended and not self._buffer
+    def expected(self) -> int:
+        """Bytes the guest may still send without another acknowledgement."""
+        return 0 if self.ended else wire.WINDOW - (self.offset + len(self._buffer) - self._acked)
 
     def begin(self, offset: int) -> None:
         self._start = self._acked = offset
@@ -118,12 +120,16 @@ class Outflow:
         return True
 
     def push(self, data: memoryview) -> memoryview:
-        """Send what there is room for; answers the rest."""
+        """Send what there is room for; answers the rest.
+
+        A guest that acknowledges byte by byte does not get frames of a byte.
+        """
         count = min(self.room, wire.CHUNK, len(data))
-        if count > 0:
+        if count > 0 and (count == len(data) or count >= LEAST):
             self._link.send(wire.DATA, self._stream, wire.OFFSET.pack(self.sent) + data[:count])
             self.sent += count
-        return data[max(count, 0) :]
+            return data[count:]
+        return data
 
     def end(self) -> None:
         if not self.ended:
@@ -310,9 +316,10 @@ class Process:
         )
 
     def release(self) -> None:
-        """Take no more frames for this command."""
-        for number in (wire.STDIN, wire.STDOUT, wire.STDERR):
-            self._link.streams.pop(self.stream + number, None)
+        """Take no more frames for this command. Its output stops the command once its window is full."""
+        self._link.let_go(self.stream + wire.STDIN, wire.WINDOW)  # its end, acknowledgements
+        self._link.let_go(self.stream + wire.STDOUT, self._flows["stdout"].expected)
+        self._link.let_go(self.stream + wire.STDERR, self._flows["stderr"].expected)
         self._link.waiters.discard(self._changed)
 
     async def _change(self) -> None:

@@ -5,6 +5,7 @@ only the engine's own errors come out, what the host holds stays bounded, and no
 """
 
 import asyncio
+import math
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from vmm_core.errors import ChannelClosed, GuestError, GuestProtocolError, GuestRefused, GuestTimeout
 from vmm_core.guest import wire
 from vmm_core.guest.channel import Channel, Process, Revive
+from vmm_core.guest.limits import Share
 from vmm_core.guest.link import Link
 
 REVIVE = Revive("t", "h", "0" * 32)
@@ -32,6 +34,7 @@ class Wire(asyncio.Transport):
         self.sent: list[tuple[int, int, bytes]] = []
         self.aborted = False
         self.stuck = 0
+        self.paused = False
         self.link: Link | None = None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -42,6 +45,12 @@ class Wire(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return self.aborted
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
 
     def abort(self) -> None:
         self.aborted = True
@@ -54,8 +63,8 @@ class Wire(asyncio.Transport):
 class Hostile:
     """A guest under the test's control, and the channel that talks to it."""
 
-    def __init__(self) -> None:
-        self.link = Link()
+    def __init__(self, share: Share | None = None) -> None:
+        self.link = Link(share or Share(0.0, turn=math.inf, burst=math.inf))  # without pauses, for brevity
         self.wire = Wire()
         self.wire.link = self.link
         self.link.connection_made(self.wire)
@@ -215,7 +224,7 @@ def test_repeating_what_was_valid_once_is_a_flood_too() -> None:
         process = await guest.started(stdin=True)
         await process.write(b"x" * 100)
         guest.say(wire.ACK, process.stream, wire.OFFSET.pack(100))
-        assert flood(guest, wire.encode(wire.ACK, process.stream, wire.OFFSET.pack(100)), 2000)
+        assert flood(guest, wire.encode(wire.ACK, process.stream, wire.OFFSET.pack(100)), 3000)
 
     against(play)
 
