@@ -86,7 +86,7 @@ class Cgroups(msgspec.Struct, frozen=True):
             text += f"; VMs have no limit of {', '.join(self.missing)}"
         return "; ".join([text, *self.obstacles])
 
-    def plan(self, number: int | str, limits: Limits) -> list[dict[str, object]]:
+    def plan(self, number: int, limits: Limits) -> list[dict[str, object]]:
         """What a cell does in each hierarchy before it joins; ``root`` is an index into ``hierarchies``."""
         return [
             {
@@ -98,7 +98,13 @@ class Cgroups(msgspec.Struct, frozen=True):
             for index, hierarchy in enumerate(self.hierarchies)
         ]
 
-    def group(self, number: int | str) -> list[Path]:
+    def apply(self, number: int, limits: Limits) -> None:
+        """Change the limits of a VM's groups. OSError when the kernel refuses."""
+        for hierarchy, directory in zip(self.hierarchies, self.group(number), strict=True):
+            for name, value in settings(hierarchy, limits):
+                (directory / name).write_text(value)
+
+    def group(self, number: int) -> list[Path]:
         """The directories of a VM's groups, in every hierarchy."""
         return [hierarchy.path / GROUP / str(number) for hierarchy in self.hierarchies]
 
@@ -131,7 +137,7 @@ class Cgroups(msgspec.Struct, frozen=True):
                             return int(value)
         return 0
 
-    async def remove(self, number: int | str) -> None:
+    async def remove(self, number: int) -> None:
         """Remove a VM's groups; its processes have ended. OSError (EBUSY) when they have not within seconds."""
         for directory in self.group(number):
             pause = 0.001

@@ -9,37 +9,31 @@ the rights for that, ``jailed`` is False, ``why`` says what is missing, and cell
 """
 
 import asyncio
-import base64
 import contextlib
-import json
 import os
 import secrets
 import socket
-import sys
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from vmm_core import cgroup, jailer, seccomp, vmm_root
+from vmm_core import cgroup, seccomp, vmm_root
 from vmm_core.cgroup import Cgroups, Limits
-from vmm_core.errors import BadRequest, HostUnfit, VmmError, VmmMissing, VmmProtocolError
+from vmm_core.errors import BadRequest, HostUnfit, VmmError, VmmMissing
+from vmm_core.jailer_link import ANSWER_SECONDS, JailerEnded, Link, reap_left, receive, send
 from vmm_core.process import VmmProcess, new_log, start_ticks
 
-_ANSWER_SECONDS = 30.0
 _AT_ONCE = 16
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LC_ALL": "C"}
 _NAMESPACES = Path("/run/netns")
 _NOBODY = 65534
+_PROBES = 1_000_000_000  # above every slot
 _FILES = 512
 _LEAST_FILE_BYTES = 64 << 20
 
 T = TypeVar("T")
-
-# Jailers that were left to their VMs by an engine of this process: reaped when another one opens or closes.
-_left: set[int] = set()
 
 
 class CellSpec(msgspec.Struct, frozen=True):
@@ -58,8 +52,10 @@ class CellSpec(msgspec.Struct, frozen=True):
 class Cell:
     """A prepared process. It becomes a VMM once, or ends."""
 
-    def __init__(self, owner: "Jailer", process: VmmProcess, sock: socket.socket) -> None:
+    def __init__(self, owner: "Jailer", spec: CellSpec, process: VmmProcess, sock: socket.socket) -> None:
         self._owner = owner
+        self._number = spec.number
+        self._limits = spec.limits
         self._process = process
         self._sock = sock
 
@@ -76,6 +72,15 @@ class Cell:
         """Whether it can still be run."""
         return self._process.running and self._sock.fileno() >= 0
 
+    def fit(self, limits: Limits) -> None:
+        """Give a cell that waits other limits than it was prepared with. HostUnfit when the kernel refuses."""
+        self._limits = limits
+        try:
+            if self._owner.jailed:
+                self._owner.cgroups.apply(self._number, limits)
+        except OSError as error:
+            raise HostUnfit(f"the limits of a cell could not be changed: {error}") from error
+
     async def run(
         self, argv: Sequence[str], *, fds: Sequence[int] = (), deadline: float, cwd: Path | str = "/"
     ) -> VmmProcess:
@@ -86,11 +91,16 @@ class Cell:
         ``cwd`` counts for a plain cell only. Raises VmmMissing, HostUnfit, BadRequest.
         """
         try:
-            order = {"argv": list(argv), "env": _ENVIRONMENT, "cwd": str(cwd)}
+            order = {
+                "argv": list(argv),
+                "env": _ENVIRONMENT,
+                "cwd": str(cwd),
+                "rlimits": _rlimits(self._limits) if self._owner.jailed else {"CORE": 0},
+            }
             await self._owner.watch(self._process, deadline)
-            await _send(self._sock, order, fds)
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                said, _ = await _receive(self._sock)
+            await send(self._sock, order, fds)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                said, _ = await receive(self._sock)
             if said is not None:
                 raise VmmMissing(f"{argv[0]} cannot be started: {said.get('error')}")
             self._sock.close()
@@ -115,7 +125,7 @@ class Jailer:
         self.root = root
         self.cgroups = cgroups
         self.why = ""
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._starting = asyncio.Lock()
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._tasks: set[asyncio.Task[Cell]] = set()
@@ -129,7 +139,7 @@ class Jailer:
         ``unless`` is a reason for plain cells on any host.
         Whether it can jail is found by making one cell. Raises HostUnfit when not even plain cells can be made.
         """
-        _reap_left()
+        reap_left()
         why = unless or _obstacle()
         if why is None:
             root = await asyncio.to_thread(vmm_root.build, data_dir, Path(program))
@@ -160,14 +170,14 @@ class Jailer:
 
     async def prepare(self, spec: CellSpec) -> Cell:
         """A cell that has entered its namespaces and given its rights away. HostUnfit says which step failed."""
-        task = asyncio.create_task(self._prepare(self._order(spec), spec.netns), name=f"cell-{spec.number}")
+        task = asyncio.create_task(self._prepare(spec), name=f"cell-{spec.number}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if not task.cancelled():
-                await asyncio.wait({task}, timeout=_ANSWER_SECONDS)
+                await asyncio.wait({task}, timeout=ANSWER_SECONDS)
                 if task.done() and task.exception() is None:
                     await task.result().discard()
             raise
@@ -192,43 +202,38 @@ class Jailer:
             await asyncio.gather(self._restarting, return_exceptions=True)
         if link is not None:
             await link.close(wait=not any(process.running for process, _ in self._watched.values()))
-        _reap_left()
+        reap_left()
 
     async def _try_out(self) -> str | None:
         """Make one cell and discard it; what is missing, in one sentence, or None."""
-        name = f"probe-{os.getpid()}-{secrets.token_hex(4)}"
-        order = _cell_order(_NOBODY, Limits(vcpus=1, memory_mib=64), kvm=False)
-        order["cgroups"] = self.cgroups.plan(name, Limits(vcpus=1, memory_mib=64))
+        number = _PROBES + secrets.randbelow(_PROBES)
         try:
-            await (await self._prepare(order, None)).discard()
+            limits = Limits(vcpus=1, memory_mib=64)
+            await (await self._prepare(CellSpec(number=number, uid=_NOBODY, limits=limits))).discard()
         except VmmError as error:
             await self.close()
             return str(error)
         finally:
             with contextlib.suppress(OSError, TimeoutError):
-                await self.cgroups.remove(name)
+                await self.cgroups.remove(number)
         return None
 
-    def _order(self, spec: CellSpec) -> dict[str, Any]:
-        order = _cell_order(spec.uid, spec.limits, kvm=spec.kvm)
-        order["cgroups"] = self.cgroups.plan(spec.number, spec.limits)
-        return order
-
-    async def _prepare(self, order: dict[str, Any], netns: str | None) -> Cell:
+    async def _prepare(self, spec: CellSpec) -> Cell:
+        order = self._order(spec)
         async with self._room:
             with contextlib.ExitStack() as stack:
                 log = new_log()
                 stack.callback(os.close, log)
                 fds = [log]
-                if netns is not None and self.jailed:
-                    fds.append(_open_namespace(netns))
+                if spec.netns is not None and self.jailed:
+                    fds.append(_open_namespace(spec.netns))
                     stack.callback(os.close, fds[1])
                 pid, sock = await self._ask(lambda link: link.ask(order, fds))
                 process = _our_child(pid, os.dup(log))
-            cell = Cell(self, process, sock)
+            cell = Cell(self, spec, process, sock)
             try:
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    said, _ = await _receive(sock)
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    said, _ = await receive(sock)
                 if said is None or "error" in said:
                     what = "it ended" if said is None else said["error"]
                     raise HostUnfit(
@@ -241,11 +246,22 @@ class Jailer:
                 raise
             return cell
 
-    async def _ask(self, question: Callable[["_Link"], Awaitable[T]]) -> T:
+    def _order(self, spec: CellSpec) -> dict[str, Any]:
+        if spec.uid <= 0:
+            raise BadRequest(
+                f"uid {spec.uid} is none a VMM may have: name one that nothing else on the host has"
+            )
+        return {
+            "uid": spec.uid,
+            "kvm": spec.kvm,
+            "cgroups": self.cgroups.plan(spec.number, spec.limits),
+        }
+
+    async def _ask(self, question: Callable[["Link"], Awaitable[T]]) -> T:
         """Ask the jailer; once more should it just have ended."""
         try:
             return await question(await self._connected())
-        except _JailerEnded:
+        except JailerEnded:
             return await question(await self._connected())
 
     def _lost(self, _: object) -> None:
@@ -258,134 +274,18 @@ class Jailer:
         with contextlib.suppress(VmmError):
             await self._connected()
 
-    async def _connected(self) -> "_Link":
+    async def _connected(self) -> "Link":
         """The jailer process, started (again) where there is none; it then hears of every VM that runs."""
         async with self._starting:
             if self._link is None or not self._link.alive:
                 if self._link is not None:
                     await self._link.close(wait=True)
-                self._link = await _Link.start(self.root, self.cgroups, self._lost)
+                self._link = await Link.start(self.root, self.cgroups, self._lost)
                 for process, deadline in self._watched.values():
                     if process.running:
                         message = {"do": "watch", "pid": process.pid, "deadline": deadline}
                         await self._link.send(message, [process.pidfd])
             return self._link
-
-
-class _JailerEnded(HostUnfit):
-    """It was there, and is not any more."""
-
-
-class _Link:
-    """One jailer process and the socket to it."""
-
-    def __init__(self, process: VmmProcess, sock: socket.socket) -> None:
-        self._process = process
-        self._sock = sock
-        self._asked: dict[int, asyncio.Future[tuple[int, socket.socket]]] = {}
-        self._next = 0
-        self._sending = asyncio.Lock()
-        self._hearing: asyncio.Task[None] | None = None
-        self._broken = False
-
-    @classmethod
-    async def start(cls, root: Path | None, cgroups: Cgroups, on_lost: Callable[[object], None]) -> "_Link":
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            ours.setblocking(False)
-            argv = [sys.executable, "-I", "-S", jailer.__file__, str(theirs.fileno())]
-            try:
-                process = VmmProcess.spawn(argv, cwd=Path("/"), pass_fds=[theirs.fileno()])
-            except BaseException:
-                ours.close()
-                raise
-        link = cls(process, ours)
-        try:
-            await link.send(_settings(root, cgroups), [])
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                said, _ = await _receive(ours)
-            if said is None or "why" in said:
-                raise HostUnfit(
-                    f"the jailer did not start: {said['why'] if said else process.log_text()[-500:]}"
-                )
-        except BaseException as error:
-            await link.close(wait=True)
-            if isinstance(error, (OSError, TimeoutError)):
-                raise HostUnfit(f"the jailer did not start: {error!r} {process.log_text()[-500:]}") from error
-            raise
-        link._hearing = asyncio.create_task(link._hear(), name="jailer")
-        link._hearing.add_done_callback(on_lost)
-        return link
-
-    @property
-    def alive(self) -> bool:
-        return not self._broken and self._hearing is not None and not self._hearing.done()
-
-    async def send(self, message: Mapping[str, Any], fds: Sequence[int]) -> None:
-        async with self._sending:
-            try:
-                await _send(self._sock, message, fds)
-            except OSError as error:
-                self._broken = True
-                raise self._ended() from error
-
-    async def ask(self, order: dict[str, Any], fds: Sequence[int]) -> tuple[int, socket.socket]:
-        """Send the order for a cell; its pid and our end of its socket."""
-        self._next += 1
-        number = self._next
-        future: asyncio.Future[tuple[int, socket.socket]] = asyncio.get_running_loop().create_future()
-        self._asked[number] = future
-        try:
-            await self.send({**order, "do": "cell", "id": number}, fds)
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                return await future
-        except TimeoutError:
-            raise HostUnfit(f"the jailer made no cell within {_ANSWER_SECONDS:.0f} s") from None
-        finally:
-            self._asked.pop(number, None)
-
-    async def close(self, *, wait: bool) -> None:
-        """Hang up. With ``wait`` it must end now; otherwise it lives on with the VMs it watches."""
-        if self._hearing is not None:
-            self._hearing.cancel()
-            await asyncio.gather(self._hearing, return_exceptions=True)
-        self._sock.close()
-        if wait:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(2):
-                    await self._process.wait()
-            await self._process.end()
-        elif self._process.running:
-            _left.add(self._process.pid)
-        self._process.close()
-
-    async def _hear(self) -> None:
-        try:
-            while True:
-                said, fds = await _receive(self._sock)
-                if said is None:
-                    return
-                self._take(said, fds)
-        finally:
-            for future in self._asked.values():
-                if not future.done():
-                    future.set_exception(self._ended())
-
-    def _ended(self) -> _JailerEnded:
-        return _JailerEnded(f"the jailer has ended: {self._process.log_text()[-500:]}")
-
-    def _take(self, said: dict[str, Any], fds: list[int]) -> None:
-        future = self._asked.get(said.get("id", 0))
-        if future is None or future.done():
-            # Whoever asked has given up: without its socket the cell ends by itself.
-            for fd in fds:
-                os.close(fd)
-        elif "error" in said:
-            future.set_exception(HostUnfit(f"a cell for a VMM could not be made: {said['error']}"))
-        else:
-            sock = socket.socket(fileno=fds[0])
-            sock.setblocking(False)
-            future.set_result((said["pid"], sock))
 
 
 def _obstacle() -> str | None:
@@ -394,37 +294,17 @@ def _obstacle() -> str | None:
     return seccomp.obstacle()
 
 
-def _settings(root: Path | None, cgroups: Cgroups) -> dict[str, Any]:
-    # A page that nothing else is mapped at, and that nobody who does not know it will guess.
-    address = 0x10_0000_0000 + secrets.randbelow(1 << 34) * 4096
+def _rlimits(limits: Limits) -> dict[str, int]:
     return {
-        "root": None if root is None else str(root),
-        "cgroups": [str(hierarchy.path) for hierarchy in cgroups.hierarchies],
-        "exec_address": address,
-        "filter": base64.b64encode(seccomp.program(address)).decode(),
-        "kvm": Path("/dev/kvm").exists(),
-    }
-
-
-def _cell_order(uid: int, limits: Limits, *, kvm: bool) -> dict[str, Any]:
-    if uid <= 0:
-        raise BadRequest(
-            f"uid {uid} is none a VMM may have: name one above 0 that nothing else on the host has"
-        )
-    return {
-        "uid": uid,
-        "kvm": kvm,
-        "rlimits": {
-            "CORE": 0,
-            "NOFILE": _FILES,
-            "NPROC": limits.threads,
-            "FSIZE": max(limits.disk_mib << 20, _LEAST_FILE_BYTES),
-            "MEMLOCK": 64 << 10,
-            "MSGQUEUE": 0,
-            "RTPRIO": 0,
-            # Second to the control group, and all there is without one: what it may map to write.
-            "DATA": limits.memory_bytes + (4 << 30),
-        },
+        "CORE": 0,
+        "NOFILE": _FILES,
+        "NPROC": limits.threads,
+        "FSIZE": max(limits.disk_mib << 20, _LEAST_FILE_BYTES),
+        "MEMLOCK": 64 << 10,
+        "MSGQUEUE": 0,
+        "RTPRIO": 0,
+        # Second to the control group, and all there is without one: what it may map to write.
+        "DATA": limits.memory_bytes + (4 << 30),
     }
 
 
@@ -445,55 +325,3 @@ def _our_child(pid: int, log: int) -> VmmProcess:
             if fd >= 0:
                 os.close(fd)
         raise
-
-
-def _reap_left() -> None:
-    for pid in list(_left):
-        try:
-            ended, _ = os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:
-            ended = pid
-        if ended:
-            _left.discard(pid)
-
-
-async def _send(sock: socket.socket, message: Mapping[str, Any], fds: Sequence[int]) -> None:
-    data = json.dumps(message).encode()
-    if len(data) > jailer.MESSAGE_LIMIT or len(fds) > jailer.FD_LIMIT:
-        raise BadRequest(
-            f"a command line of {len(data)} bytes with {len(fds)} descriptors: at most "
-            f"{jailer.MESSAGE_LIMIT} and {jailer.FD_LIMIT}"
-        )
-    deadline = time.monotonic() + _ANSWER_SECONDS
-    while True:
-        try:
-            socket.send_fds(sock, [data], list(fds))
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise VmmProtocolError(f"no message was taken within {_ANSWER_SECONDS:.0f} s") from None
-            await asyncio.sleep(0.002)
-        else:
-            return
-
-
-async def _receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
-    loop = asyncio.get_running_loop()
-    while True:
-        try:
-            return jailer.receive(sock)
-        except BlockingIOError:
-            ready: asyncio.Future[None] = loop.create_future()
-            loop.add_reader(sock, _wake, ready)
-            try:
-                await ready
-            finally:
-                loop.remove_reader(sock)
-        except (jailer.Refused, ValueError) as error:
-            raise VmmProtocolError(f"a message that cannot be read: {error}") from error
-        except ConnectionResetError:
-            return None, []
-
-
-def _wake(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)

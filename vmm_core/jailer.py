@@ -154,7 +154,6 @@ class Cell:
     def __init__(self, order: dict[str, Any], fds: list[int]) -> None:
         self.uid: int = order["uid"]
         self.kvm: bool = order["kvm"]
-        self.limits: dict[str, int] = order["rlimits"]
         self.cgroups: list[dict[str, Any]] = order["cgroups"]
         self.log = fds[0]
         self.netns = fds[1] if len(fds) > 1 else None
@@ -311,7 +310,7 @@ def clone(jail: Jail, cell: Cell) -> int:
 
 def make_cgroup(jail: Jail, group: dict[str, Any]) -> int:
     """Make (or find) one cgroup directory and set its limits; the open directory."""
-    root = jail.cgroups[group["root"]]
+    root = jail.cgroups[int(group["root"])]
     with contextlib.suppress(FileExistsError):
         os.mkdir(group["path"], 0o755, dir_fd=root)
     directory = os.open(group["path"], os.O_RDONLY | os.O_DIRECTORY, dir_fd=root)
@@ -347,7 +346,6 @@ def live(sock: socket.socket, jail: Jail, cell: Cell) -> NoReturn:
             confine(jail, cell)
         else:
             os.setsid()
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_NOFILE, jail.files)
         sock = apart(sock)
         if jail.root is not None:
@@ -382,8 +380,6 @@ def confine(jail: Jail, cell: Cell) -> None:
         check(libc.umount2(b"/dev", _MNT_DETACH), "umount of /dev/kvm")
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
         file.write("500")  # before the service, when the host has no memory left
-    for name, value in cell.limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     os.umask(0o077)
     drop_rights(cell.uid)
 
@@ -437,10 +433,20 @@ def take_places(fds: list[int]) -> None:
         os.dup2(fd, 3 + index)
 
 
+def set_limits(limits: dict[str, int]) -> None:
+    """Last of all, because there is no way back up, and who prepares a cell may not know yet what it is for."""
+    for name, value in limits.items():
+        which = getattr(resource, f"RLIMIT_{name}")
+        most = resource.getrlimit(which)[1]
+        lower = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(which, (lower, lower))
+
+
 def execute(jail: Jail, order: dict[str, Any]) -> None:
     """Become the program. Returns only by raising."""
     argv, env = [text.encode() for text in order["argv"]], order["env"]
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    set_limits(order["rlimits"])
     if jail.root is None:
         os.chdir(order["cwd"])
         os.execve(argv[0], argv, env)  # noqa: S606

@@ -5,6 +5,7 @@
 A jailer holds a shared lock on the root it uses; when another root is built, those that nobody holds are removed.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -136,16 +137,21 @@ def _make(root: Path, files: dict[Path, Path]) -> None:
 
 def _remove_unused(roots: Path, current: Path) -> None:
     for path in roots.iterdir():
-        if path == current or (
-            path.name.startswith(".") and time.time() - path.stat().st_mtime < _STALE_SECONDS
-        ):
-            continue
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(fd)
+        # Another process may be about the same, or build there.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            if path != current and not _being_made(path):
+                _remove_unheld(path)
+
+
+def _being_made(path: Path) -> bool:
+    return path.name.startswith(".") and time.time() - path.stat().st_mtime < _STALE_SECONDS
+
+
+def _remove_unheld(path: Path) -> None:
+    """Raises BlockingIOError when a jailer holds it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(fd)

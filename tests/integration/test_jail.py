@@ -448,3 +448,19 @@ async def test_a_cancelled_preparation_leaves_nothing(jailer: Jailer) -> None:
 
 def children() -> set[str]:
     return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+async def test_a_cell_that_waits_can_be_given_other_limits(jailer: Jailer, program: Path) -> None:
+    cell = await jailer.prepare(spec(FIRST))
+    cell.fit(Limits(vcpus=1, memory_mib=480, vmm_mib=32, disk_mib=128))
+    process = await cell.run([str(program), "memory", "200"], deadline=time.time() + 20)
+    assert await asyncio.wait_for(process.wait(), 20) == WORKED, "more than it was prepared with"
+    process.close()
+    limited = await jailer.prepare(spec(FIRST, Limits(vcpus=1, memory_mib=480, vmm_mib=32, disk_mib=128)))
+    limited.fit(SMALL)
+    process = await limited.run([str(program), "memory", "200"], deadline=time.time() + 20)
+    limits = Path(f"/proc/{process.pid}/limits").read_text() if process.running else ""
+    assert "Max file size             67108864             67108864" in limits or not limits
+    assert await asyncio.wait_for(process.wait(), 20) == -signal.SIGKILL
+    process.close()
+    await jailer.cgroups.remove(FIRST)
