@@ -99,7 +99,7 @@ async def why(settings: Settings, api: str | None, job: str, *, as_json: bool) -
         ("AT", "MS", "STEP", "RUNNER", "WHY", "WAITS FOR"), rows, empty="nothing happened yet", right=("MS",)
     )
     for runner in shown_runners(story):
-        _evidence(runner)
+        print_evidence(runner)
     return 0
 
 
@@ -113,7 +113,7 @@ def shown_runners(story: views.Story) -> list[views.RunnerView]:
     ]
 
 
-def _evidence(runner: views.RunnerView) -> None:
+def print_evidence(runner: views.RunnerView) -> None:
     """How a VM ended that should not have; console and events are hostile text, control characters are out of them."""
     ending = runner.ending
     if ending is None:

@@ -207,7 +207,9 @@ async def test_a_vm_that_ended_unseen_leaves_its_evidence(engine: Engine, minima
         launched = await earlier.launch(minimal)
         await launched.exec("echo '<1>its last words' > /dev/kmsg; sleep 0.2", user="root")
     os.kill(launched.record.pid, signal.SIGKILL)
-    os.waitpid(launched.record.pid, 0)  # as init would, were its service not this process
+    await asyncio.to_thread(
+        os.waitpid, launched.record.pid, 0
+    )  # as init would, were its service not this process
     assert launched.id not in [vm.id for vm in await engine.adopt()]
     told = engine.ending(launched.id)
     assert told is not None

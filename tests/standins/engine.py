@@ -21,6 +21,7 @@ from vmm_core.machine import (
     Output,
     VmExit,
     VmRecord,
+    VmUsage,
 )
 
 Write = Callable[[bytes], None]
@@ -39,6 +40,8 @@ class FakeHost:
         self.fork_seconds = 0.001
         self.fork_errors: list[BaseException] = []
         self.endings: dict[str, VmExit] = {}
+        self.usage = VmUsage(cpu_seconds=1.5, peak_bytes=64 << 20)
+        self.guest_oom = ""
         self._numbers = itertools.count(1)
 
     def next_id(self) -> str:
@@ -188,7 +191,16 @@ class FakeVm:
 
     async def destroy(self) -> None:
         self._gate("before destroy")
-        self._machine.end(VmExit(kind="destroyed", reason="destroyed by its owner"))
+        host = self._machine.host
+        self._machine.end(
+            VmExit(
+                kind="destroyed",
+                cause="destroyed",
+                reason="destroyed by its owner",
+                usage=host.usage,
+                guest_oom=host.guest_oom,
+            )
+        )
         self._gate("destroy")
 
     def _alive(self) -> None:
