@@ -6,11 +6,15 @@ from pathlib import Path
 import msgspec
 
 from vmm_core import accel
+from vmm_core.cgroup import Cgroups
 from vmm_core.disk import LOOP_POOL_MIN, RESERVE_BYTES, open_pool
 from vmm_core.drivers.base import DriverInfo
 from vmm_core.drivers.qemu import find_qemu
 from vmm_core.errors import VmmError
+from vmm_core.jail import Jailer
 from vmm_core.machine import BootImage
+from vmm_core.network import host
+from vmm_core.network.addresses import SLOTS
 
 _LOW_MEMORY_MIB = 1024
 
@@ -33,8 +37,8 @@ async def check(data_dir: Path) -> list[Finding]:
         await _pool(data_dir),
         _memory(),
         _rights(),
-        _network(),
-        _cgroup(),
+        await _network(),
+        *([_cgroup(None)] if driver is None else await _jail(driver, data_dir)),
     ]
 
 
@@ -120,19 +124,47 @@ def _rights() -> Finding:
     if os.geteuid() == 0:
         return Finding("rights", True, "root")
     return Finding(
-        "rights", None, f"uid {os.geteuid()}", "without root: no loop pool, no bakes of root file systems"
+        "rights", None, f"uid {os.geteuid()}", "without root: no loop pool, no bakes, no slots, no jails"
     )
 
 
-def _network() -> Finding:
+async def _network() -> Finding:
+    why = await host.usable()
+    if why is None:
+        return Finding(
+            "network",
+            True,
+            f"slots: up to {SLOTS} VMs with a namespace, a tap and firewall rules each; every egress policy",
+        )
     return Finding(
         "network",
-        True,
-        "user-mode: closed but for the endpoints a template or a fork is opened to, each a relayed TCP port",
+        None,
+        f"user-mode, because {why}: VMs are closed but for the hosts a template or a fork names, each a relayed "
+        "TCP port; no 'internet', no addresses, no limit of bandwidth",
+        "give the service the rights for slots: run it as root with nftables and /dev/net/tun",
     )
 
 
-def _cgroup() -> Finding:
-    if Path("/sys/fs/cgroup/cgroup.controllers").exists():
-        return Finding("cgroup", True, "cgroup v2")
-    return Finding("cgroup", None, "no unified cgroup v2", "VMs share the CPU without weights or quotas")
+async def _jail(driver: DriverInfo, data_dir: Path) -> list[Finding]:
+    """Tried out with a cell that is made and thrown away."""
+    jailer = await Jailer.open(data_dir, driver.binary)
+    try:
+        if not jailer.jailed:
+            advice = (
+                "run the service as root: a guest that takes its VMM over then holds nothing but its own VM"
+            )
+            return [Finding("jail", None, jailer.describe(), advice), _cgroup(None)]
+        return [Finding("jail", True, jailer.describe()), _cgroup(jailer.cgroups)]
+    finally:
+        await jailer.close()
+
+
+def _cgroup(groups: Cgroups | None) -> Finding:
+    unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    if groups is None or groups.missing:
+        detail = groups.describe() if groups is not None else "VMs run in the control group of the service"
+        return Finding("cgroup", None, detail, "VMs share what is not limited: keep [runners] max_vms low")
+    if not unified:
+        advice = "boot the host with cgroup v2 for limits of I/O and of memory that are exact"
+        return Finding("cgroup", None, groups.describe(), advice)
+    return Finding("cgroup", True, groups.describe())
