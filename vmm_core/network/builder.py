@@ -40,6 +40,10 @@ class Reply(msgspec.Struct):
     fatal: str = ""
 
 
+class _BuilderEnded(SlotsUnavailable):
+    """The process is gone, by no fault of the request."""
+
+
 class Builder:
     """Lays and tears out slots in a process of its own. One request at a time; each has a deadline."""
 
@@ -83,20 +87,28 @@ class Builder:
 
     async def _call(self, request: Request) -> tuple[Reply, list[int]]:
         async with self._turn:
-            channel = await self._ensure()
+            if self._process is not None and self._process.poll() is not None:
+                await self._end()  # killed while it had nothing to do
             try:
-                async with asyncio.timeout(_SECONDS + _SECONDS_EACH * len(request.numbers)):
-                    channel.send(msgspec.json.encode(request))
-                    return await self._receive(channel)
-            except BaseException as error:
-                # Also when cancelled: the answer of this request must not be taken for the next one's.
-                await self._end()
-                if isinstance(error, (OSError, TimeoutError, msgspec.DecodeError)):
-                    raise SlotsUnavailable(
-                        f"the slot builder did not {request.do} {len(request.numbers)} slots "
-                        f"({error or 'no answer in time'}); it is started again for the next request"
-                    ) from error
-                raise
+                return await self._ask(request)
+            except _BuilderEnded:
+                # Every request may be made twice: what the first try left is found and replaced.
+                return await self._ask(request)
+
+    async def _ask(self, request: Request) -> tuple[Reply, list[int]]:
+        channel = await self._ensure()
+        try:
+            async with asyncio.timeout(_SECONDS + _SECONDS_EACH * len(request.numbers)):
+                channel.send(msgspec.json.encode(request))
+                return await self._receive(channel)
+        except BaseException as error:
+            # Also when cancelled: the answer of this request must not be taken for the next one's.
+            await self._end()
+            what = f"the slot builder did not {request.do} {len(request.numbers)} slots"
+            if isinstance(error, (ConnectionError, TimeoutError, msgspec.DecodeError)):
+                kind = _BuilderEnded if isinstance(error, ConnectionError) else SlotsUnavailable
+                raise kind(f"{what} ({error or 'no answer in time'}); it is started again") from error
+            raise
 
     async def _ensure(self) -> socket.socket:
         if self._socket is not None:
@@ -138,7 +150,7 @@ class Builder:
         data, fds, _, _ = socket.recv_fds(channel, MAX_MESSAGE, MAX_AT_ONCE)
         try:
             if not data:
-                raise SlotsUnavailable("the slot builder ended; see the kernel's log for a reason")
+                raise _BuilderEnded("the slot builder ended; see the kernel's log for a reason")
             reply = msgspec.json.decode(data, type=Reply)
             if reply.fatal:
                 raise SlotsUnavailable(f"the slot builder failed: {reply.fatal}")

@@ -14,6 +14,7 @@ pyroute2 makes the messages; they go out many to a system call.
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import socket
@@ -200,8 +201,12 @@ class Builder:
                 self._routes.send([netlink.doom(index)])
                 doomed = True
         if doomed:
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 self._routes.send([netlink.delete_doomed()])
+            except OSError as error:
+                # Gone meanwhile: the kernel deletes what was in a namespace that nobody has any more.
+                if error.errno != errno.ENODEV:
+                    raise
         self._connections.send([netlink.forget_connections(place.address) for place in places])
 
     def limit(self, place: Slot, mbit: int) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmm_core.errors import BadRequest, HostUnfit, SlotsUnavailable
+from vmm_core.errors import BadRequest, HostUnfit, SlotsExhausted, SlotsUnavailable
 from vmm_core.machine import Network
 from vmm_core.network import egress, host
 from vmm_core.network.addresses import SLOTS, Slot, slot
@@ -213,6 +213,15 @@ class SlotPool:
         """Whom a claimed slot is for; None for a free one."""
         return self._claims.owner(number)
 
+    def held(self, number: int) -> bool:
+        """Whether a living process, this one included, has the slot."""
+        return self._claims.locked(number)
+
+    def claimed_for(self, owner: str) -> list[int]:
+        """The slots that no living process has and that are ``owner``'s. Reads every claim of the host."""
+        numbers = [number for number in self._claims.numbers() if self._claims.owner(number) == owner]
+        return [number for number in numbers if not self._claims.locked(number)]
+
     async def orphans(self) -> list[Orphan]:
         """Slots (claims, namespaces, interfaces, elements) that no living process holds and none lives in.
 
@@ -277,8 +286,7 @@ class SlotPool:
                 await self._wake.wait()
             try:
                 if self._returned and not self._waiting:
-                    returned, self._returned = self._returned, []
-                    await self._scrub(returned)
+                    await self._scrub_returned()
                 else:
                     await self._prepare()
             except (HostUnfit, OSError) as error:
@@ -293,7 +301,13 @@ class SlotPool:
 
     async def _prepare(self) -> None:
         missing = self.size + self._waiting - len(self._ready)
-        numbers = self._claims.new(min(missing, _CHUNK))
+        try:
+            numbers = self._claims.new(min(missing, _CHUNK))
+        except SlotsExhausted:
+            if not self._returned:
+                raise
+            await self._scrub_returned()
+            return
         laid: dict[int, int] = {}
         try:
             laid, failed = await self._builder.build(numbers)
@@ -306,6 +320,10 @@ class SlotPool:
         if failed:
             number, why = next(iter(failed.items()))
             raise SlotsUnavailable(f"slot {number} could not be laid: {why}")
+
+    async def _scrub_returned(self) -> None:
+        returned, self._returned = self._returned, []
+        await self._scrub(returned)
 
     async def _scrub(self, places: list[_Place]) -> None:
         numbers = [place.slot.number for place in places]
