@@ -233,7 +233,7 @@ def _place_files(tree: Path, contents: Contents) -> None:
         PlacedFile(dest="/etc/hostname", data=b"microvm\n"),
         PlacedFile(dest="/etc/hosts", data=b"127.0.0.1 localhost microvm\n::1 localhost\n"),
         PlacedFile(dest="/etc/machine-id", data=b""),
-        # Names are resolved by /etc/hosts alone unless the network of a machine says otherwise at revive.
+        # Names are resolved by /etc/hosts alone unless revive names a resolver.
         PlacedFile(dest="/etc/resolv.conf", data=b""),
     ]
     files += [

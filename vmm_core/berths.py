@@ -9,13 +9,13 @@ says what is missing.
 import asyncio
 import contextlib
 import os
-import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import msgspec
 
+from vmm_core import processes
 from vmm_core.cgroup import Limits
 from vmm_core.errors import HostUnfit, VmmError
 from vmm_core.jail import Cell, CellSpec, Jailer
@@ -29,7 +29,6 @@ _SLOTS_AHEAD = 4
 # Forks under way shall not share the CPUs with the preparation of their successors, unless these run out.
 _LOW = 2
 _PATIENCE_SECONDS = 1.0
-_LOOK_SECONDS = 0.01
 _UNJAILED_UID = 65534
 
 
@@ -54,6 +53,8 @@ class Berths:
         self._usual: Limits | None = None
         self._filling: asyncio.Task[None] | None = None
         self._starting = 0
+        self._calmed = asyncio.Event()
+        self._calmed.set()
 
     @property
     def jailed(self) -> bool:
@@ -70,10 +71,13 @@ class Berths:
     async def starting(self) -> AsyncGenerator[None]:
         """A VM starts within: what is not needed at once waits a little."""
         self._starting += 1
+        self._calmed.clear()
         try:
             yield
         finally:
             self._starting -= 1
+            if not self._starting:
+                self._calmed.set()
 
     async def take(self, machine: MachineSpec, owner: Path) -> Berth:
         """A berth for the VM in the directory ``owner``, from those prepared where one fits. Raises HostUnfit."""
@@ -116,6 +120,18 @@ class Berths:
             await self.jailer.cgroups.remove(slot.number)
         if self.slots is not None:
             await self.slots.give_back(slot)
+
+    async def clear(self, owner: Path, number: int | None) -> None:
+        """End what still runs for the VM in ``owner``, which nobody owns, and give its slot back.
+
+        ``number`` is the slot its record names; None: it has none, so all claims are looked at.
+        """
+        if self.slots is None:
+            return
+        for claimed in self.slots.claimed_for(str(owner)) if number is None else [number]:
+            place = await self.slots.adopt(claimed, str(owner))
+            await processes.end(await asyncio.to_thread(processes.of_uid, place.uid))
+            await self.release(place)
 
     async def close(self) -> None:
         if self._filling is not None:
@@ -160,14 +176,20 @@ class Berths:
                 self._ready.append(await self._prepare(self._usual))
 
     async def _calm(self) -> None:
-        end = time.monotonic() + _PATIENCE_SECONDS
-        while self._starting and len(self._ready) > _LOW and time.monotonic() < end:
-            await asyncio.sleep(_LOOK_SECONDS)
+        if len(self._ready) > _LOW:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE_SECONDS):
+                    await self._calmed.wait()
 
 
 @contextlib.asynccontextmanager
 async def open_berths(
-    data_dir: Path, program: str, *, kvm: bool, slots: bool | None = None
+    data_dir: Path,
+    program: str,
+    *,
+    kvm: bool,
+    slots: bool | None = None,
+    resolvers: Sequence[str] | None = None,
 ) -> AsyncGenerator[Berths]:
     """The berths of this host for VMMs of ``program``. ``slots``: whether to use network slots and jails
     (None: where the host can; True: HostUnfit where it cannot)."""
@@ -179,7 +201,11 @@ async def open_berths(
             why = jailer.why
         if why is not None and slots:
             raise HostUnfit(f"network slots and jails cannot be used on this host: {why}")
-        pool = None if why is not None else await stack.enter_async_context(SlotPool.open(_SLOTS_AHEAD))
+        pool = (
+            None
+            if why is not None
+            else await stack.enter_async_context(SlotPool.open(_SLOTS_AHEAD, resolvers=resolvers))
+        )
         berths = Berths(jailer, pool, why or "", kvm=kvm)
         try:
             yield berths

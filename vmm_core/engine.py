@@ -59,6 +59,7 @@ from vmm_core.machine import (
     VmExit,
     VmRecord,
 )
+from vmm_core.network.addresses import RESOLVER
 from vmm_core.network.egress import virtual_hosts
 from vmm_core.process import VmmProcess
 from vmm_core.record import host_boot, read_record, read_records, try_lock, write_record
@@ -86,6 +87,7 @@ class Engine:
         driver: Driver,
         on_step: Callable[[str], None] | None,
         slots: bool | None,
+        resolvers: Sequence[str] | None,
     ) -> None:
         self.data_dir = data_dir
         self.pool = pool
@@ -93,6 +95,7 @@ class Engine:
         self.snapshots = SnapshotStore(pool)
         self._on_step = on_step or _unheard
         self._want_slots = slots
+        self._resolvers = resolvers
         self._vms: dict[str, RunningVm] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -112,18 +115,20 @@ class Engine:
         driver: Driver | None = None,
         on_step: Callable[[str], None] | None = None,
         slots: bool | None = None,
+        resolvers: Sequence[str] | None = None,
     ) -> AsyncGenerator["Engine"]:
         """Open the engine of ``data_dir``, making its pool where needed.
 
         ``slots``: whether VMs run in jails with a network slot each. None: where the host gives the rights;
         True: HostUnfit at the first VM where it does not; False: plain processes with user-mode networking.
+        ``resolvers``: IPv4 name servers that VMs open to the internet may ask (None: those of the host).
         At the end the VMs made by ``launch`` run on (adopt them later); those of ``fork`` and ``boot`` are gone.
         Raises HostUnfit, VmmMissing or PoolFull, each saying what to do.
         """
         chosen = driver or QemuDriver()
         directory = Path(data_dir).absolute()
         async with open_pool(directory) as pool:
-            engine = cls(directory, pool, chosen, on_step, slots)
+            engine = cls(directory, pool, chosen, on_step, slots, resolvers)
             engine._live.frozen.watch_time()
             try:
                 yield engine
@@ -473,7 +478,13 @@ class Engine:
         async with self._opening:
             if self._berths is None:
                 kvm = acceleration.kvm_obstacle() is None
-                opening = open_berths(self.data_dir, self.driver.info.binary, kvm=kvm, slots=self._want_slots)
+                opening = open_berths(
+                    self.data_dir,
+                    self.driver.info.binary,
+                    kvm=kvm,
+                    slots=self._want_slots,
+                    resolvers=self._resolvers,
+                )
                 self._berths = await self._stack.enter_async_context(opening)
             return self._berths
 
@@ -560,6 +571,7 @@ class Engine:
             machine_id=identity.machine_id,
             boot_id=identity.boot_id,
             hosts=virtual_hosts(place.network.allow),
+            resolver=RESOLVER if place.network.mode == "internet" else "",
         )
 
     def _record(

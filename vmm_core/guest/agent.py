@@ -305,6 +305,11 @@ class System:
     def set_machine_id(self, machine_id: str) -> None:
         self.rewrite("/etc/machine-id", machine_id.encode() + b"\n")
 
+    def set_resolver(self, address: str) -> None:
+        """Whom to ask for names beyond /etc/hosts; nobody for ""."""
+        text = f"nameserver {address}\noptions timeout:2 attempts:2\n" if address else ""
+        self.rewrite("/etc/resolv.conf", text.encode())
+
     def set_hosts(self, text: str) -> None:
         self.rewrite("/etc/hosts", text.encode())
 
@@ -345,7 +350,7 @@ class System:
             log(f"mount /run/microvm: {error}")
         self._entropy = os.open("/dev/urandom", os.O_RDWR | os.O_CLOEXEC)
         self._hostname = os.open("/proc/sys/kernel/hostname", os.O_WRONLY | os.O_CLOEXEC)
-        for path in ("/etc/hostname", "/etc/machine-id", "/etc/hosts", self.BOOT_ID):
+        for path in ("/etc/hostname", "/etc/machine-id", "/etc/hosts", "/etc/resolv.conf", self.BOOT_ID):
             try:
                 kept = b"" if path == self.BOOT_ID else read_small(self.root + path)
             except OSError:
@@ -1338,6 +1343,7 @@ class Agent:
         lines = [f"127.0.0.1 localhost {name}", "::1 localhost ip6-localhost"]
         lines += [f"{address} {host}" for host, address in hosts.items()]
         system.set_hosts("\n".join(lines) + "\n")
+        system.set_resolver(message["resolver"])
         boot_id: str = message["boot_id"]
         system.set_boot_id(boot_id)
         thawed, copied = self.machine_id == message["machine_id"], bool(self.machine_id)

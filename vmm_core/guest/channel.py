@@ -35,15 +35,16 @@ class Revive(msgspec.Struct, frozen=True):
     """What a fork is told before anything may run in it.
 
     ``token`` names the VM instance: a later host process that says hello with the same one needs no second
-    revive. ``machine_id``: 32 hexadecimal digits. ``hosts``: name → address, into /etc/hosts. ``entropy``
-    (64 bytes), ``boot_id`` (a UUID) and ``time_ns`` (Unix) are taken afresh when left out, at the moment of
-    sending.
+    revive. ``machine_id``: 32 hexadecimal digits. ``hosts``: name → address, into /etc/hosts; ``resolver``: whom
+    to ask for other names, "" for nobody. ``entropy`` (64 bytes), ``boot_id`` (a UUID) and ``time_ns`` (Unix) are
+    taken afresh when left out, at the moment of sending.
     """
 
     token: str
     hostname: str
     machine_id: str
     hosts: Mapping[str, str] = {}
+    resolver: str = ""
     entropy: bytes | None = None
     boot_id: str | None = None
     time_ns: int | None = None
@@ -103,6 +104,7 @@ class Channel:
             machine_id=revive.machine_id,
             boot_id=revive.boot_id or str(uuid.uuid4()),
             hosts=dict(revive.hosts),
+            resolver=revive.resolver,
         )
         return await self._link.ask(request, wire.Revived, timeout)
 

@@ -85,6 +85,7 @@ class ReviveRequest(Message, frozen=True, tag="revive"):
     machine_id: str
     boot_id: str
     hosts: dict[str, str]
+    resolver: str = ""
 
     def __repr__(self) -> str:  # the entropy is nobody's business
         return f"ReviveRequest({self.hostname!r})"
