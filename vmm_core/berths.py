@@ -86,9 +86,9 @@ class Berths:
             self.slots.assign(berth.slot, str(owner))
         return berth
 
-    async def adopt(self, number: int, owner: Path) -> Slot | None:
+    async def adopt(self, number: int, owner: Path, network: Network) -> Slot | None:
         """The slot of a VM that outlived its service. Raises BadRequest when it is not that VM's."""
-        return None if self.slots is None else await self.slots.adopt(number, str(owner))
+        return None if self.slots is None else await self.slots.adopt(number, str(owner), network)
 
     @contextlib.asynccontextmanager
     async def wired(self, berth: Berth, network: Network) -> AsyncGenerator[Berth]:

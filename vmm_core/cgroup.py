@@ -104,7 +104,7 @@ class Cgroups(msgspec.Struct, frozen=True):
             for name, value in settings(hierarchy, limits):
                 (directory / name).write_text(value)
 
-    def group(self, number: int) -> list[Path]:
+    def group(self, number: int | str) -> list[Path]:
         """The directories of a VM's groups, in every hierarchy."""
         return [hierarchy.path / GROUP / str(number) for hierarchy in self.hierarchies]
 
@@ -117,7 +117,7 @@ class Cgroups(msgspec.Struct, frozen=True):
                 found.update(int(entry.name) for entry in entries if entry.name.isdecimal())
         return found
 
-    def pids(self, number: int) -> set[int]:
+    def pids(self, number: int | str) -> set[int]:
         """The processes in a VM's groups."""
         found: set[int] = set()
         for directory in self.group(number):
@@ -137,7 +137,7 @@ class Cgroups(msgspec.Struct, frozen=True):
                             return int(value)
         return 0
 
-    async def remove(self, number: int) -> None:
+    async def remove(self, number: int | str) -> None:
         """Remove a VM's groups; its processes have ended. OSError (EBUSY) when they have not within seconds."""
         for directory in self.group(number):
             pause = 0.001

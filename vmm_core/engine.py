@@ -62,6 +62,7 @@ from vmm_core.machine import (
 from vmm_core.network.addresses import RESOLVER
 from vmm_core.network.egress import virtual_hosts
 from vmm_core.process import VmmProcess
+from vmm_core.reaper import Reaper, reap_on
 from vmm_core.record import host_boot, read_record, read_records, try_lock, write_record
 from vmm_core.residents import Residents
 from vmm_core.snapshot import SnapshotStore, file_sizes
@@ -104,6 +105,7 @@ class Engine:
         self.ledger = Ledger(data_dir, self.vms)
         self._berths: Berths | None = None
         self._opening = asyncio.Lock()
+        self._reaping: asyncio.Task[None] | None = None
         self._stack = contextlib.AsyncExitStack()
 
     @classmethod
@@ -116,12 +118,15 @@ class Engine:
         on_step: Callable[[str], None] | None = None,
         slots: bool | None = None,
         resolvers: Sequence[str] | None = None,
+        reap_every: float | None = None,
     ) -> AsyncGenerator["Engine"]:
         """Open the engine of ``data_dir``, making its pool where needed.
 
         ``slots``: whether VMs run in jails with a network slot each. None: where the host gives the rights;
         True: HostUnfit at the first VM where it does not; False: plain processes with user-mode networking.
         ``resolvers``: IPv4 name servers that VMs open to the internet may ask (None: those of the host).
+        ``reap_every``: seconds between looks for what nothing owns on this host, which is removed when seen twice
+        (None: never; what one engine of a host does is enough).
         At the end the VMs made by ``launch`` run on (adopt them later); those of ``fork`` and ``boot`` are gone.
         Raises HostUnfit, VmmMissing or PoolFull, each saying what to do.
         """
@@ -130,6 +135,8 @@ class Engine:
         async with open_pool(directory) as pool:
             engine = cls(directory, pool, chosen, on_step, slots, resolvers)
             engine._live.frozen.watch_time()
+            if reap_every is not None:
+                engine._reaping = asyncio.create_task(reap_on(engine.reaper, reap_every), name="reaper")
             try:
                 yield engine
             finally:
@@ -636,24 +643,25 @@ class Engine:
     async def _adopt_or_clear(self, directory: Path, lock: int) -> RunningVm | None:
         try:
             vm = await self._adopt(directory, lock)
-        except (GuestTimeout, OSError, msgspec.DecodeError):
-            os.close(lock)  # slow, or not readable to this release: not ours to end
+        except (GuestTimeout, BadRequest, OSError, msgspec.DecodeError):
+            os.close(lock)  # slow, its slot another's, or not readable to this release: not ours to end
             return None
         except BaseException:
             os.close(lock)
             raise
         if vm is None:
-            self.ledger.found_dead(directory)
-            await self._clear(directory)
+            await self._clear_dead(directory)
             os.close(lock)
         return vm
 
     async def _clear(self, directory: Path) -> None:
         """Remove what a VM left whose process has ended."""
         end_processes_in(directory)
-        with contextlib.suppress(OSError, msgspec.DecodeError, VmmError):
-            release = await self._adopt_berth(read_record(directory), directory)
-            await release()
+        with contextlib.suppress(OSError, VmmError):
+            slot = None
+            with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
+                slot = read_record(directory).slot
+            await (await self._get_berths()).clear(directory, slot)
         remove_tree(directory)
 
     async def _adopt(self, directory: Path, lock: int) -> RunningVm | None:
@@ -676,17 +684,17 @@ class Engine:
             channel = await Channel.connect(driver_vm.agent_socket)
             try:
                 await _unless_dead(driver_vm, channel.hello(record.id, timeout=REVIVE_SECONDS))
+                release = await self._adopt_berth(record, directory)
             except BaseException:
                 await channel.close()
                 raise
-        except GuestTimeout:
+        except (GuestTimeout, BadRequest):
             await driver_vm.detach()  # slow is not dead
             raise
         except (GuestError, VmDied):
             await driver_vm.kill()
             self.ledger.saw(record.id, await driver_vm.wait())
             return None
-        release = await self._adopt_berth(record, directory)
         capture = Console(directory, CONSOLE_SOCKET)
         return self._enroll(
             RunningVm(
@@ -706,10 +714,24 @@ class Engine:
     async def _adopt_berth(self, record: VmRecord, directory: Path) -> Callable[[], Awaitable[None]]:
         """Hold the slot of a VM that outlived its service; what gives it back."""
         berths = await self._get_berths()
-        slot = None if record.slot is None else await berths.adopt(record.slot, directory)
+        slot = None
+        if record.slot is not None:
+            slot = await berths.adopt(record.slot, directory, record.machine.network)
         return functools.partial(berths.release, slot)
 
+    async def reaper(self) -> Reaper:
+        """What looks for things that nothing owns, on this host and in this data directory."""
+        berths = await self._get_berths()
+        return Reaper(self.pool, self.snapshots, berths, owned=self._vms.keys, clear=self._clear_dead)
+
+    async def _clear_dead(self, directory: Path) -> None:
+        self.ledger.found_dead(directory)
+        await self._clear(directory)
+
     async def _close(self) -> None:
+        if self._reaping is not None:
+            self._reaping.cancel()
+            await asyncio.gather(self._reaping, return_exceptions=True)
         for timer in self._timers.values():
             timer.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -48,10 +48,13 @@ class SnapshotStore:
         """A directory to fill; gone at the end unless ``publish`` moved it away."""
         path = self._pool.staging / f"snapshot-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         path.mkdir(mode=0o700)
+        held = _lock(path, fcntl.LOCK_SH)  # tells it from one whose maker has ended
         try:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
+            if held is not None:
+                os.close(held)
 
     def publish(self, draft: Path, manifest: Manifest) -> Snapshot:
         """Make the files in ``draft`` the snapshot ``manifest.digest``. Who comes second gets the first one's."""
@@ -104,16 +107,10 @@ class SnapshotStore:
             self._bury(target)
 
     def _rewrite(self, target: Path, manifest: Manifest) -> None:
-        draft = (
-            self._pool.staging / f"removed-{uuid.uuid4().hex[:8]}"
-        )  # rubbish, should we die before the rename
-        draft.mkdir()
-        try:
+        with self.draft() as draft:
             _write_durably(draft / MANIFEST, _encode(_sealed(target, manifest)))
             (draft / MANIFEST).replace(target / MANIFEST)
             _sync(target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
 
     def hold(self, digest: str, *, alone: bool = False) -> int | None:
         """Keep a snapshot from being removed until the descriptor is closed. None: it is being removed, or gone.

@@ -168,10 +168,11 @@ class SlotPool:
             self._returned.append(place)
             self._wake.set()
 
-    async def adopt(self, number: int, owner: str) -> Slot:
+    async def adopt(self, number: int, owner: str, network: Network | None = None) -> Slot:
         """Hold the slot of a VM that outlived its service. Raises BadRequest unless it is ``owner``'s and free.
 
-        ``open_to`` may follow; what the firewall holds for it stays in force until then.
+        What the firewall holds for it stays in force, and follows ``network`` (None: nothing) from now on: names
+        that move, a table that was flushed. ``open_to`` may change it.
         """
         place = _Place(slot(number))
         found = self._claims.owner(number)
@@ -182,6 +183,7 @@ class SlotPool:
         if not self._claims.take_over(number):
             raise BadRequest(f"slot {number} is held by another process; one service at a time adopts a VM")
         place.elements = place.mbit = None
+        place.network = network or Network()
         self._taken[number] = place
         return place.slot
 
