@@ -288,3 +288,25 @@ async def test_a_full_pool_met_while_nobody_listened_ends_the_vm_at_adoption(
     for vm in adopted:
         await vm.destroy()
     assert launched.id not in [record.id for record in tiny.records()]
+
+
+# ── the network ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_a_guest_sends_is_counted_though_nothing_lets_it_pass(
+    engine: Engine, networked: Snapshot
+) -> None:
+    send = (
+        "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "for _ in range(300): s.sendto(b'x' * 1000, ('10.0.2.2', 9))"
+    )
+    async with engine.fork(networked) as vm:
+        if vm.record.slot is None:
+            pytest.skip("user-mode networking counts nothing")
+        before = await vm.usage()
+        assert (await vm.exec(["python3", "-c", send], timeout=60)).code == 0
+        await vm.destroy()
+        told = await ended(vm)
+    assert told.usage is not None
+    assert before.net_sent_bytes < 100_000
+    assert 300_000 <= told.usage.net_sent_bytes < 600_000
