@@ -71,15 +71,17 @@ async def finish(jailer: Jailer, process: VmmProcess) -> None:
     await jailer.cgroups.remove(NUMBER)
 
 
-async def run_bare(owner: Jailer, directory: Path, *arguments: str) -> VmmProcess:
-    """QEMU with a monitor and no machine, on descriptor 3."""
+async def run_bare(
+    owner: Jailer, directory: Path, *arguments: str, machine: str = "none", kvm: bool = False
+) -> VmmProcess:
+    """QEMU with a monitor on descriptor 3, and nothing that runs."""
     (directory / "qmp.sock").unlink(missing_ok=True)
-    cell: Cell = await owner.prepare(spec())
+    cell: Cell = await owner.prepare(spec(kvm=kvm))
     with listening(directory, ["qmp.sock"]) as fds:
         return await cell.run(
             [
                 QEMU,
-                *("-M", "none", "-nodefaults", "-display", "none"),
+                *("-M", machine, "-nodefaults", "-S", "-display", "none"),
                 *("-chardev", "socket,id=qmp,fd=3,server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
                 *arguments,
             ],
@@ -226,3 +228,28 @@ async def test_kvm_is_there_only_for_cells_that_use_it(jailer: Jailer) -> None:
             assert os.stat(device).st_mode & 0o777 == 0o666
         await cell.discard()
         await jailer.cgroups.remove(NUMBER)
+
+
+async def test_a_jailed_vmm_uses_kvm_as_an_unjailed_one_does(
+    jailer: Jailer, plain: Jailer, tmp_path: Path
+) -> None:
+    async def query(owner: Jailer) -> object:
+        process = await run_bare(
+            owner, tmp_path, "-accel", "kvm", "-sandbox", SANDBOX, machine="microvm", kvm=True
+        )
+        try:
+            qmp = await Qmp.connect(tmp_path / "qmp.sock")
+            await qmp.execute("cont")
+            await asyncio.sleep(0.3)
+            answer = (await qmp.execute("query-kvm"), await qmp.execute("query-status"))
+            await qmp.close()
+            return answer
+        except VmmProtocolError:
+            return None
+        finally:
+            await finish(owner, process)
+
+    outside = await query(plain)
+    if outside is None:
+        pytest.skip("QEMU does not start with KVM on this host")
+    assert await query(jailer) == outside
