@@ -34,6 +34,14 @@ async def minimal(engine: Engine) -> Snapshot:
     return (await bake(engine, load_recipe("minimal"), progress=lambda _event: None)).snapshot
 
 
+@pytest.fixture(scope="session")
+async def networked(engine: Engine) -> Snapshot:
+    """A template with a network card."""
+    path = engine.data_dir / "networked.yml"
+    path.write_text("name: networked\nextends: minimal\negress: [placeholder.test:80]\n")
+    return (await bake(engine, load_recipe(str(path)), progress=lambda _event: None)).snapshot
+
+
 def open_files() -> Counter[str]:
     """How many of each kind of file this process has open (numbers come and go with threads and the loop)."""
     found: Counter[str] = Counter()

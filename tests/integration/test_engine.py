@@ -357,16 +357,6 @@ s.sendall(b"ping"); print(s.recv(100).decode())
 """
 
 
-@pytest.fixture(scope="module")
-async def networked(engine: Engine) -> Snapshot:
-    from images.bake import bake
-    from images.recipe import load_recipe
-
-    path = engine.data_dir / "networked.yml"
-    path.write_text("name: networked\nextends: minimal\negress: [placeholder.test:80]\n")
-    return (await bake(engine, load_recipe(str(path)), progress=lambda _event: None)).snapshot
-
-
 @pytest.mark.parametrize("slots", [True, False], ids=["slot", "plain"])
 async def test_a_guest_reaches_what_it_was_opened_to_and_nothing_else(
     data_dir: Path, networked: Snapshot, slots: bool
