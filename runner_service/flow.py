@@ -156,7 +156,12 @@ class Flow:
         vm = await self._hypervisor.launch(
             runner.digest or runner.template,
             ttl=self._limits.ttl,
-            metadata={"runner_id": runner.id, "service": self._service, "scope": runner.scope_path},
+            metadata={
+                "runner_id": runner.id,
+                "service": self._service,
+                "scope": runner.scope_path,
+                "job": runner.job_id or "",
+            },
             allow=self._allowed(runner, template),
             hostname=runner.id,
         )

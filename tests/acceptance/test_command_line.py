@@ -79,7 +79,7 @@ async def test_doctor_tells_what_the_host_offers(data: tuple[str, str]) -> None:
     findings = {one["name"]: one for one in (await microvm("doctor", "--json", *data)).json()}
     assert findings["vmm"]["ok"] is True
     assert "QEMU" in findings["vmm"]["detail"]
-    assert {"acceleration", "pool", "memory", "rights", "network", "cgroup"} <= set(findings)
+    assert {"acceleration", "pool", "memory", "rights", "network", "jail", "cgroup"} <= set(findings)
     assert all(one["advice"] for one in findings.values() if one["ok"] is False)
     table = await microvm("doctor", *data)
     assert (table.code, b"QEMU" in table.out) == (0, True)
