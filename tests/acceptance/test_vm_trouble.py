@@ -29,6 +29,10 @@ async def test_a_vmm_killed_in_the_middle_is_told_and_everything_is_given_back(
     story = await gone(stage, job)
     assert told(story, "retiring").startswith("the VM ended: ")
     assert "signal 9" in told(story, "retiring")
+    ending = story["runners"][0]["ending"]
+    assert (ending["cause"], ending["signal"]) == ("vmm_killed", 9)
+    assert "RESUME" in [event["name"] for event in ending["events"]]
+    assert story["job"]["usage"]["cpu_seconds"] > 0
     assert story["runners"][0]["code"] == "vm_died"
     assert "destroyed" in steps(story)
     assert not vms(engine)
@@ -42,6 +46,12 @@ async def test_a_guest_that_panics_is_told_with_its_last_words(stage: Stage, eng
     story = await gone(stage, job)
     assert story["runners"][0]["code"] == "vm_died"
     assert "Kernel panic" in told(story, "retiring"), story["timeline"]
+    ending = story["runners"][0]["ending"]
+    assert ending["cause"] == "guest_panic"
+    assert "Call Trace" in ending["panic"]
+    metrics = (await stage.http.get("/metrics")).text
+    assert 'microvm_vm_ends_total{cause="guest_panic"} 1.0' in metrics
+    assert f'microvm_repository_cpu_seconds_total{{repository="{story["job"]["repository"]}"}}' in metrics
     assert "\nbefore\n" in (await stage.http.get(f"/jobs/{job.id}/log")).text
     assert not vms(engine)
     await stage.forge.wait_for(job, "completed", 60)
