@@ -481,4 +481,7 @@ def kernel_command_line(accel: Accel, extra: str) -> str:
     words = ["console=ttyS0", "quiet", "panic=-1", "reboot=t", "root=/dev/vda", "rw", "random.trust_cpu=on"]
     if accel == "tcg":
         words.append(f"tsc_early_khz={clock.tsc_khz()}")
+        # Its watchdog compares the time stamp counter with timer ticks, of which a busy host loses many: then it
+        # would take those for its clock, and the clock of every fork would lag.
+        words.append("tsc=reliable")
     return " ".join([*words, extra]).strip()
