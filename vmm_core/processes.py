@@ -13,7 +13,8 @@ _PROC = Path("/proc")
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """A process. ``ticks`` (its start) tells it from a later one of that pid; ``cwd`` is "" where it cannot be read."""
+    """A process. ``ticks`` (its start) tells it from a later one of that pid. ``cwd`` is "" and ``netns`` (the inode
+    of its network namespace) 0 where it cannot be read."""
 
     pid: int
     ticks: int
@@ -21,6 +22,7 @@ class Seen(msgspec.Struct, frozen=True):
     uid: int
     name: str
     cwd: str
+    netns: int = 0
 
 
 def seen() -> list[Seen]:
@@ -76,5 +78,8 @@ def _read(entry: Path) -> Seen:
     cwd = ""
     with contextlib.suppress(OSError):
         cwd = str((entry / "cwd").readlink())
+    netns = 0
+    with contextlib.suppress(OSError):
+        netns = (entry / "ns/net").stat().st_ino
     uid = int(fields["Uid"].split()[0])
-    return Seen(pid=pid, ticks=ticks, parent=int(fields["PPid"]), uid=uid, name=fields["Name"], cwd=cwd)
+    return Seen(pid, ticks, int(fields["PPid"]), uid, fields["Name"], cwd, netns)

@@ -29,6 +29,7 @@ from vmm_core.cgroup import GROUP, Cgroups
 from vmm_core.disk import Pool
 from vmm_core.errors import SnapshotInUse, UnknownTemplate, VmmError
 from vmm_core.network.addresses import SLOTS, UID_BASE, slot
+from vmm_core.network.host import NETNS_DIR
 from vmm_core.network.slots import SlotPool
 from vmm_core.process import start_ticks
 from vmm_core.processes import Seen
@@ -204,15 +205,17 @@ class Reaper:
     # ── slots and what lives in them ─────────────────────────────────────────────────────────────
 
     async def _slots(self, slots: SlotPool, running: Sequence[Seen]) -> list[Orphan]:
+        cgroups = self._berths.jailer.cgroups
         empty = {orphan.number for orphan in await slots.orphans()}
-        groups = {n for n in self._berths.jailer.cgroups.numbers() if n < SLOTS and slots.owner(n) is None}
-        living: dict[int, list[Seen]] = {}
-        for process in running:
-            if (number := _slot_of(process)) >= 0:
-                living.setdefault(number, []).append(process)
+        groups = {
+            n for n in cgroups.numbers() if n < SLOTS and slots.owner(n) is None and not cgroups.pids(n)
+        }
+        living = {number for process in running if (number := _slot_of(process)) >= 0}
         found: list[Orphan] = []
-        for number in sorted(empty | groups | set(living)):
-            inside = living.get(number, [])
+        for number in sorted(empty | groups | living):
+            inside = _inside(slots, number, running)
+            if number in living and not inside:
+                continue  # another world's, which has a slot of this number too
             why = _loose(slots, number, inside)
             if why is not None:
                 mark = ",".join(f"{process.pid}:{process.ticks}" for process in inside)
@@ -221,11 +224,10 @@ class Reaper:
 
     async def _remove_slot(self, number: int) -> bool:
         slots = self._berths.slots
-        inside = await asyncio.to_thread(processes.of_uid, slot(number).uid)
-        if slots is None or _loose(slots, number, inside) is None:
+        if slots is None:
             return False
-        left = await processes.end(inside)
-        if left:
+        inside = _inside(slots, number, await asyncio.to_thread(processes.seen))
+        if _loose(slots, number, inside) is None or await processes.end(inside):
             return False
         await self._berths.jailer.cgroups.remove(number)
         return await slots.reap(number)
@@ -277,6 +279,18 @@ class Reaper:
             self._snapshots.abandon(digest)
             os.close(held)
         return not path.exists()
+
+
+def _inside(slots: SlotPool, number: int, running: Sequence[Seen]) -> list[Seen]:
+    """The processes of slot ``number``. A container may have a slot of this number as well, and processes of its uid:
+    what lives in another network namespace than ours of that name is not ours."""
+    try:
+        netns = (NETNS_DIR / slot(number).netns).stat().st_ino
+    except OSError:
+        netns = None
+    if netns is None and slots.owner(number) is None:
+        return []
+    return [p for p in running if _slot_of(p) == number and (netns is None or p.netns == netns)]
 
 
 def _loose(slots: SlotPool, number: int, inside: Sequence[Seen]) -> str | None:
