@@ -37,7 +37,7 @@ from vmm_core.network.addresses import (
     slot,
 )
 from vmm_core.network.builder import MAX_MESSAGE, Reply, Request
-from vmm_core.network.netlink import UP_INDEX, Netlink
+from vmm_core.network.netlink import UP_INDEX, Netlink, Template
 
 NETNS_DIR = Path("/run/netns")
 _TAP_INDEX = 11
@@ -93,26 +93,22 @@ def _tap(place_index: int | None = None) -> int:
     return fd
 
 
+# Of a namespace that has no interface yet: those to come inherit the defaults.
 _INSIDE_SETTINGS: Final = (
     ("ipv6/conf/default/disable_ipv6", "1"),
-    ("ipv6/conf/all/disable_ipv6", "1"),
     ("ipv4/conf/default/rp_filter", "1"),
     ("ipv4/ip_forward", "1"),
 )
-# Strict reverse paths: what does not come from 10.0.2.15 ends here already. The namespace answers ARP for the
-# virtual addresses of listed hosts, at once.
+# Strict reverse paths: what does not come from 10.0.2.15 ends at the tap already. The namespace answers ARP for
+# the virtual addresses of listed hosts, at once.
 _TAP_SETTINGS: Final = (
-    ("ipv4/conf/tap/rp_filter", "1"),
     ("ipv4/conf/tap/proxy_arp", "1"),
     ("ipv4/conf/tap/send_redirects", "0"),
-    ("ipv4/conf/tap/accept_redirects", "0"),
     ("ipv4/neigh/tap/proxy_delay", "0"),
 )
 _HOST_SETTINGS: Final = (
     ("ipv6/conf/{}/disable_ipv6", "1"),
     ("ipv4/conf/{}/rp_filter", "1"),
-    ("ipv4/conf/{}/accept_redirects", "0"),
-    ("ipv4/conf/{}/send_redirects", "0"),
     ("ipv4/conf/{}/forwarding", "1"),
 )
 
@@ -124,13 +120,30 @@ class Builder:
         self._host_ns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._routes = Netlink(netlink.ROUTE)
         self._connections = Netlink(netlink.NETFILTER)
-        self._constant = [
+        constant = [
             netlink.up(_TAP_INDEX, ("IFLA_ADDRESS", GATEWAY_MAC)),
             netlink.address(_TAP_INDEX, GATEWAY, 32),
             netlink.route(_TAP_INDEX, GUEST_ADDRESS, None),
             netlink.neighbour(_TAP_INDEX, GUEST_ADDRESS, GUEST_MAC),
             netlink.up(UP_INDEX),
         ]
+        self._inside_messages = Template(
+            lambda place, _: [
+                netlink.veth(place, self._host_ns),
+                *constant,
+                netlink.address(UP_INDEX, place.address, PREFIX_LENGTH),
+                netlink.neighbour(UP_INDEX, place.host_address, place.host_mac),
+                netlink.route(UP_INDEX, None, place.host_address),
+            ]
+        )
+        self._host_messages = Template(
+            lambda place, index: [
+                netlink.up(index),
+                netlink.address(index, place.host_address, PREFIX_LENGTH),
+                # What goes to the guest already carries the guest's own address when it leaves the host.
+                netlink.neighbour(index, GUEST_ADDRESS, place.mac),
+            ]
+        )
         self._ipv6 = Path("/proc/sys/net/ipv6").is_dir()
         _prepare_netns_dir()
 
@@ -155,26 +168,10 @@ class Builder:
             tap = _tap(_TAP_INDEX)
             self._apply(_TAP_SETTINGS, "")
             with Netlink(netlink.ROUTE) as inside:
-                inside.send(
-                    [
-                        netlink.veth(place, self._host_ns),
-                        *self._constant,
-                        netlink.address(UP_INDEX, place.address, PREFIX_LENGTH),
-                        netlink.neighbour(UP_INDEX, place.host_address, place.host_mac),
-                        netlink.route(UP_INDEX, None, place.host_address),
-                    ]
-                )
+                inside.send(self._inside_messages.of(place))
             _enter(self._host_ns)
             self._apply(_HOST_SETTINGS, place.veth)
-            index = socket.if_nametoindex(place.veth)
-            self._routes.send(
-                [
-                    netlink.up(index),
-                    netlink.address(index, place.host_address, PREFIX_LENGTH),
-                    # What goes to the guest already carries the guest's own address when it leaves the host.
-                    netlink.neighbour(index, GUEST_ADDRESS, place.mac),
-                ]
-            )
+            self._routes.send(self._host_messages.of(place, socket.if_nametoindex(place.veth)))
         except BaseException:
             if tap >= 0:
                 os.close(tap)
@@ -198,26 +195,26 @@ class Builder:
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 index = socket.if_nametoindex(place.veth)
-                self._routes.send([netlink.doom(index)])
+                self._routes.send(netlink.doom(index))
                 doomed = True
         if doomed:
             try:
-                self._routes.send([netlink.delete_doomed()])
+                self._routes.send(netlink.delete_doomed())
             except OSError as error:
                 # Gone meanwhile: the kernel deletes what was in a namespace that nobody has any more.
                 if error.errno != errno.ENODEV:
                     raise
-        self._connections.send([netlink.forget_connections(place.address) for place in places])
+        self._connections.send(*(netlink.forget_connections(place.address) for place in places))
 
     def limit(self, place: Slot, mbit: int) -> None:
         with self._inside(place) as inside:
             for index in (UP_INDEX, _TAP_INDEX):
                 if mbit:
-                    inside.send([netlink.bandwidth(index, mbit)])
+                    inside.send(netlink.bandwidth(index, mbit))
                 else:
                     # ENOENT where there is no limit to lift.
                     with contextlib.suppress(FileNotFoundError):
-                        inside.send([netlink.no_bandwidth(index)])
+                        inside.send(netlink.no_bandwidth(index))
 
     def tap(self, place: Slot) -> int:
         with self._inside(place):
