@@ -47,6 +47,7 @@ from vmm_core.accounting import host_available_mib
 from vmm_core.engine import Engine
 from vmm_core.errors import UnknownTemplate, VmmError
 from vmm_core.machine import EgressRule
+from vmm_core.reaper import EVERY_SECONDS
 
 log = structlog.get_logger("daemon")
 
@@ -70,7 +71,7 @@ async def serve(settings: Settings) -> None:
         stack.enter_context(_only_one(settings.data_dir))
         listening = stack.enter_context(_listen(settings.listen))
         store = await stack.enter_async_context(Store.open(database_url(settings)))
-        engine = await stack.enter_async_context(Engine.open(settings.data_dir))
+        engine = await stack.enter_async_context(Engine.open(settings.data_dir, reap_every=EVERY_SECONDS))
         http = await stack.enter_async_context(_http())
         service = Service(settings, store, engine, http)
         await stack.enter_async_context(service.running(listening, stopping))

@@ -101,7 +101,7 @@ class Demo:
                 story = await self._follow(stage, engine, job)
                 self._tell(story)
                 # The service still runs: what is looked for is what the job left, not what a stop cleans up.
-                self.shown.leftovers = Leftovers.look(engine).since(before)
+                self.shown.leftovers = await Leftovers.lasting(engine, before)
             self._title("The same job without the warm parent")
             await self._cold(engine)
         self._sum_up()

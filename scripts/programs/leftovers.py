@@ -1,11 +1,26 @@
-"""What a job could have left on this host: looked for before and after, and compared."""
+"""What a job could have left on this host: looked for before and after, and compared.
 
+A running engine keeps slots and cells ready for the next VM: they are no leftovers. They are told by their claims,
+which a living process holds for nobody yet; those of a VM that lives are told by its directory.
+"""
+
+import asyncio
 import os
+import re
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from vmm_core import cgroup, processes
 from vmm_core.engine import Engine
+from vmm_core.network.addresses import SLOTS, UID_BASE, number_of_address, number_of_name
+from vmm_core.network.claims import RUN_DIR, Claims
+from vmm_core.network.firewall import TABLE
+
+_NAMES = Path("/run/netns")
+_SECONDS = 5.0
 
 
 class Leftovers:
@@ -16,11 +31,16 @@ class Leftovers:
 
     @classmethod
     def look(cls, engine: Engine) -> Self:
+        slots = _Slots()
         searches: dict[str, Callable[[], set[str]]] = {
-            "process": lambda: _processes(engine.pool.vms),
-            "mount": lambda: set(Path("/proc/self/mountinfo").read_text().splitlines()),
-            "network namespace": _namespaces,
-            "network device": lambda: set(os.listdir("/sys/class/net")),
+            "process": lambda: _processes(engine.pool.vms, slots),
+            "jailer": _idle_jailers,
+            "claim": slots.stale,
+            "control group": lambda: _groups(slots),
+            "firewall element": lambda: _elements(slots),
+            "mount": lambda: _mounts(slots),
+            "network namespace": lambda: _namespaces(slots),
+            "network device": lambda: {name for name in os.listdir("/sys/class/net") if not slots.fine(name)},
             "disk or directory": lambda: {str(path) for path in engine.pool.vms.iterdir()},
             "draft": lambda: {str(path) for path in engine.pool.staging.iterdir()},
             "socket": _sockets,
@@ -35,34 +55,106 @@ class Leftovers:
             for thing in sorted(things - before.found[kind])
         ]
 
+    @classmethod
+    async def lasting(cls, engine: Engine, before: "Leftovers") -> list[str]:
+        """What is left since then and stays: a slot that was given back is scrubbed in the background."""
+        deadline = time.monotonic() + _SECONDS
+        while (left := cls.look(engine).since(before)) and time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+        return left
 
-def _processes(vms: Path) -> set[str]:
-    """Processes that work in a VM's directory or were started for it: VMMs and relays."""
+
+class _Slots:
+    """Which slots are as they should be: held by a living process, for nobody yet or for a VM that is there."""
+
+    def __init__(self) -> None:
+        self._claims = Claims(RUN_DIR) if (RUN_DIR / "slots").is_dir() else None
+        self._known: dict[int, bool] = {}
+
+    def fine(self, name: str) -> bool:
+        """Whether ``name`` is one of a slot that is as it should be."""
+        number = number_of_name(name)
+        return number is not None and self.is_fine(number)
+
+    def is_fine(self, number: int) -> bool:
+        if number not in self._known:
+            self._known[number] = self._claims is not None and self._is_fine(self._claims, number)
+        return self._known[number]
+
+    @staticmethod
+    def _is_fine(claims: Claims, number: int) -> bool:
+        owner = claims.owner(number)
+        # A VM that waits for adoption has its slot, too.
+        return (owner == "" and claims.locked(number)) or (bool(owner) and Path(owner or "").is_dir())
+
+    def stale(self) -> set[str]:
+        numbers = self._claims.numbers() if self._claims is not None else []
+        return {f"slot {number}" for number in numbers if not self.is_fine(number)}
+
+
+def _processes(vms: Path, slots: _Slots) -> set[str]:
+    """Processes that work in a VM's directory, were started for it, or have the uid of a slot: VMMs, cells, relays."""
     found: set[str] = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
+    for process in processes.seen():
         try:
-            works_there = os.readlink(entry / "cwd").startswith(f"{vms}/")
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            command = (
+                Path(f"/proc/{process.pid}/cmdline")
+                .read_bytes()
+                .replace(b"\0", b" ")
+                .decode("utf-8", "replace")
+            )
         except OSError:
             continue
-        if works_there or f"{vms}/" in command:
-            found.add(f"{entry.name} {command[:120]}")
+        number = process.uid - UID_BASE
+        jailed = 0 <= number < SLOTS and not slots.is_fine(number)
+        if jailed or process.cwd.startswith(f"{vms}/") or f"{vms}/" in command:
+            found.add(f"{process.pid} {command[:120]}")
     return found
 
 
-def _namespaces() -> set[str]:
+def _idle_jailers() -> set[str]:
+    """Jailers that nobody waits for and that watch nobody."""
+    return {
+        str(process.pid)
+        for process in processes.seen()
+        if process.name == "microvm-jailer"
+        and process.pid not in processes.watches(process.parent)
+        and not processes.watches(process.pid)
+    }
+
+
+def _groups(slots: _Slots) -> set[str]:
+    return {
+        str(path)
+        for hierarchy in cgroup.mounted(Path("/proc/self/mountinfo").read_text())
+        for path in (hierarchy.path / cgroup.GROUP).glob("*/")
+        if not (path.name.isdecimal() and slots.is_fine(int(path.name)))
+    }
+
+
+def _elements(slots: _Slots) -> set[str]:
+    """Slots that the firewall has elements of; none when there is no table, or no nft."""
+    try:
+        command = ["nft", "list", "table", "inet", TABLE]
+        listing = subprocess.run(command, capture_output=True, check=True, timeout=20, text=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return set()
+    numbers = {number_of_name(name) for name in re.findall(r"\bmv-\d+\b", listing)}
+    numbers |= {number_of_address(text) for text in re.findall(r"\b\d+(?:\.\d+){3}\b(?!/)", listing)}
+    return {f"slot {number}" for number in numbers if number is not None and not slots.is_fine(number)}
+
+
+def _mounts(slots: _Slots) -> set[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return {line for line in lines if not slots.fine(Path(line.split()[4]).name)}
+
+
+def _namespaces(slots: _Slots) -> set[str]:
     """Every network namespace a process lives in or a name stands for."""
-    named = {f"name {path.name}" for path in Path("/run/netns").glob("*")}
-    lived_in: set[str] = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                lived_in.add(os.readlink(entry / "ns" / "net"))
-            except OSError:
-                continue
-    return named | lived_in
+    names = [path for path in _NAMES.glob("*") if not slots.fine(path.name)]
+    fine = {path.stat().st_ino for path in _NAMES.glob("mv-*") if slots.fine(path.name)}
+    lived_in = {process.netns for process in processes.seen()} - fine - {0}
+    return {f"name {path.name}" for path in names} | {f"inode {inode}" for inode in lived_in}
 
 
 def _sockets() -> set[str]:
