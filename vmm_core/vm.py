@@ -68,7 +68,7 @@ class RunningVm:
         self._exec_count = 0
         self._worked = False
         self._reading: VmUsage | None = None
-        self._witness = evidence.OomWitness(record.pid)
+        self._witness: evidence.OomWitness | None = None
         self._verdict: VmExit | None = None
         self._exit: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
         self._destroying: asyncio.Task[None] | None = None
@@ -184,7 +184,8 @@ class RunningVm:
         """What it costs now. VmDied when it has ended; then ``wait`` tells what it cost in all."""
         record, disk = self.record, self.directory / DISK
         now = await asyncio.to_thread(accounting.usage, record.pid, disk, start_ticks=record.start_ticks)
-        self._witness.look()
+        if self._witness is not None:
+            self._witness.look()
         total = self._reading = accounting.total(self._reading, now) or now
         return total
 
@@ -236,12 +237,14 @@ class RunningVm:
             self._verdict = verdict
 
     async def _watch_end(self) -> None:
+        # Not before: a fork does not wait for what only its end needs.
+        witness = self._witness = evidence.OomWitness(self.record.pid)
         found = await self.driver_vm.wait()
         await self._capture.finish(_LAST_WORDS_SECONDS)
         verdict = self._verdict
         oom = None
         if verdict is None and found.cause in ("vmm_killed", "unknown"):
-            oom = await asyncio.to_thread(self._witness.testimony)
+            oom = await asyncio.to_thread(witness.testimony)
         if not self._exit.done():
             self._exit.set_result(
                 evidence.tell(
