@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from runner_service.domain import Host, Job, Runner, TimelineRow
+from runner_service.domain import Ending, Host, Job, Runner, TimelineRow
 from runner_service.store import queries as q
 from runner_service.store.schema import HEAD, metadata
 from runner_service.store.store import Store, StoreError, sqlite_url
+from vmm_core.machine import VmEvent, VmExit, VmUsage
 
 pytestmark = pytest.mark.anyio
 
@@ -245,6 +246,36 @@ async def test_the_migrations_make_the_tables_of_the_schema(store: Store) -> Non
     async with store.writing() as db:
         assert await db.run_sync(differences) == []
         assert await db.run_sync(lambda c: MigrationContext.configure(c).get_current_revision()) == HEAD
+
+
+async def test_a_database_of_the_first_version_keeps_its_rows(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "old.db")
+    async with Store.open(url) as opened, opened.writing() as db:
+        await q.add_runners(db, [runner(1)])
+        await db.execute(sa.text("DROP TABLE endings"))
+        await db.execute(sa.text("ALTER TABLE runners DROP COLUMN usage"))
+        await db.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+    async with Store.open(url) as opened:
+        assert await opened.read(lambda db: q.active_runners(db)) == [runner(1)]
+        assert await opened.read(lambda db: q.endings_of(db, ["r1"])) == {}
+
+
+async def test_what_a_vm_cost_and_how_it_ended_comes_back_as_it_was(store: Store) -> None:
+    usage = VmUsage(cpu_seconds=1.25, peak_bytes=1 << 40)
+    ended = VmExit(kind="signaled", signal=9, cause="vmm_killed", events=(VmEvent(1.0, "STOP"),), usage=usage)
+    async with store.writing() as db:
+        await q.add_runners(db, [runner(1), runner(2)])
+        stepped = await q.step_runner(db, "r1", was="forking", owner="h", values={"usage": usage})
+        assert stepped is not None
+        assert stepped.usage == usage
+        for at in (5.0, 6.0):
+            await q.keep_ending(db, Ending("r1", at, ended))
+    async with store.reading() as db:
+        assert [one.usage for one in await q.active_runners(db)] == [usage, None]
+        assert await q.endings_of(db, ["r1", "r2"]) == {"r1": Ending("r1", 6.0, ended)}
+    async with store.writing() as db:
+        await q.forget(db, 6.5)
+        assert await q.endings_of(db, ["r1"]) == {}
 
 
 async def test_several_processes_may_migrate_at_once(tmp_path: Path) -> None:
