@@ -256,7 +256,7 @@ async def test_a_database_of_the_first_version_keeps_its_rows(tmp_path: Path) ->
         await db.execute(sa.text("ALTER TABLE runners DROP COLUMN usage"))
         await db.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
     async with Store.open(url) as opened:
-        assert await opened.read(lambda db: q.active_runners(db)) == [runner(1)]
+        assert await opened.read(q.active_runners) == [runner(1)]
         assert await opened.read(lambda db: q.endings_of(db, ["r1"])) == {}
 
 
