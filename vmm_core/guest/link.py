@@ -154,7 +154,8 @@ class Link(asyncio.Protocol):
         if (decoder.bad, decoder.garbage) != self._counted:
             bad, garbage = self._counted
             self._counted = decoder.bad, decoder.garbage
-            self._waste(decoder.bad - bad, decoder.garbage - garbage)
+            # what is not even a broken frame costs a look all the same
+            self._waste(max(decoder.bad - bad, 1), decoder.garbage - garbage)
         for kind, stream, payload in frames:
             if not self._dispatch(kind, stream, payload):
                 self._waste(1, len(payload))
