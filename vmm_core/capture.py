@@ -20,14 +20,16 @@ import msgspec
 
 from vmm_core.disk import clone_file, data_extents, write_back
 from vmm_core.drivers.base import DISK, MEMORY, SUMS
-from vmm_core.errors import PoolFull, VmmError
+from vmm_core.errors import PoolFull, VmDied, VmmError
 from vmm_core.guest_memory import Copy, GuestMemory
+from vmm_core.machine import VmExit
 from vmm_core.memory import Ranges, sums_of, sums_with, write_ranges
 from vmm_core.vm import RunningVm
 
 T = TypeVar("T")
 
 _BACKGROUND_NICE = 19
+_RESUMES, _RESUME_PAUSE = 3, 0.1
 
 
 class Captured(msgspec.Struct, frozen=True):
@@ -112,13 +114,30 @@ async def capture(
                         await threads.urgent(lambda: clone_file(disk, draft / DISK))
                 except BaseException:
                     with contextlib.suppress(VmmError):
-                        await vm.driver_vm.resume()
+                        await resume(vm)
                     raise
                 if run_on:
-                    await vm.driver_vm.resume()
+                    await resume(vm)
                 pause_ms = (time.perf_counter() - began) * 1e3
             base = -1 if whole else os.dup(guest.file)
             return Captured(copy.sealed(), base, guest.size, copy.ranges, pause_ms)
+
+
+async def resume(vm: RunningVm) -> None:
+    """Let a paused machine go on. One that can not is ended: it would stand still for ever. Raises VmDied then."""
+    for left in reversed(range(_RESUMES)):
+        try:
+            await vm.driver_vm.resume()
+        except VmmError as error:
+            if left == 0:
+                vm.end_as(
+                    VmExit(kind="destroyed", cause="unknown", reason=f"it could not be resumed: {error}")
+                )
+                await vm.driver_vm.kill()
+                raise VmDied(f"VM {vm.id} was ended because it could not be resumed: {error}") from error
+            await asyncio.sleep(_RESUME_PAUSE)
+        else:
+            return
 
 
 def write_image(captured: Captured, base: Image | None, directory: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from vmm_core.capture import Captured, Image, Threads, capture, write_image, write_sums
+from vmm_core.capture import Captured, Image, Threads, capture, resume, write_image, write_sums
 from vmm_core.disk import Pool
 from vmm_core.drivers.base import MEMORY, SUMS
 from vmm_core.errors import BadRequest, SnapshotInvalid, UnknownTemplate, UnknownVm, VmmError
@@ -216,7 +216,7 @@ class Live:
                 try:
                     frozen = await self._save_frozen(vm, captured, image, draft, ttl)
                 except BaseException:
-                    await vm.driver_vm.resume()
+                    await resume(vm)
                     raise
                 finally:
                     captured.close()
