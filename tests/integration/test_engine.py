@@ -326,11 +326,14 @@ async def test_a_vm_outlives_its_process_and_its_stream_goes_on_without_a_gap(
 async def test_a_vm_that_expired_while_nobody_watched_is_removed(
     engine: Engine, data_dir: Path, minimal: Snapshot
 ) -> None:
-    owner, vm_id, _ = await start_owner(data_dir, minimal.digest, 4)
+    owner, vm_id, _ = await start_owner(data_dir, minimal.digest, 15)
     owner.kill()
     await owner.wait()
-    assert vm_id in {record.id for record in engine.records()}
-    await asyncio.sleep(4)
+    record = next(record for record in engine.records() if record.id == vm_id)
+    assert Path(f"/proc/{record.pid}").exists()
+    async with asyncio.timeout_at(asyncio.get_running_loop().time() + record.expires_at - time.time() + 3):
+        while Path(f"/proc/{record.pid}").exists():  # the jailer ends it on time, though no engine lives
+            await asyncio.sleep(0.1)
     assert await engine.adopt() == []
     assert vm_id not in {record.id for record in engine.records()}
 
