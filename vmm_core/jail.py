@@ -22,7 +22,7 @@ import msgspec
 from vmm_core import cgroup, seccomp, vmm_root
 from vmm_core.cgroup import Cgroups, Limits
 from vmm_core.errors import BadRequest, HostUnfit, VmmError, VmmMissing
-from vmm_core.jailer_link import ANSWER_SECONDS, JailerEnded, Link, reap_left, receive, send
+from vmm_core.jailer_link import ANSWER_SECONDS, JailerEnded, Link, end_child, reap_left, receive, send
 from vmm_core.process import VmmProcess, new_log, start_ticks
 
 _AT_ONCE = 16
@@ -71,6 +71,13 @@ class Cell:
     def waiting(self) -> bool:
         """Whether it can still be run."""
         return self._process.running and self._sock.fileno() >= 0
+
+    async def settle(self) -> None:
+        """Wait until it has entered its jail. HostUnfit says which step failed. Part of ``prepare``."""
+        said, _ = await receive(self._sock)
+        if said is None or "error" in said:
+            what = "it ended" if said is None else said["error"]
+            raise HostUnfit(f"a cell for a VMM could not be made: {what} {self._process.log_text()}".strip())
 
     def fit(self, limits: Limits) -> None:
         """Give a cell that waits other limits than it was prepared with. HostUnfit when the kernel refuses."""
@@ -221,30 +228,36 @@ class Jailer:
     async def _prepare(self, spec: CellSpec) -> Cell:
         order = self._order(spec)
         async with self._room:
-            with contextlib.ExitStack() as stack:
-                log = new_log()
-                stack.callback(os.close, log)
-                fds = [log]
-                if spec.netns is not None and self.jailed:
-                    fds.append(_open_namespace(spec.netns))
-                    stack.callback(os.close, fds[1])
-                pid, sock = await self._ask(lambda link: link.ask(order, fds))
-                process = _our_child(pid, os.dup(log))
-            cell = Cell(self, spec, process, sock)
+            try:
+                cell = await self._born(spec, order)
+            except OSError as error:
+                raise HostUnfit(f"a cell for a VMM could not be made: {error}") from error
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    said, _ = await receive(sock)
-                if said is None or "error" in said:
-                    what = "it ended" if said is None else said["error"]
-                    raise HostUnfit(
-                        f"a cell for a VMM could not be made: {what} {process.log_text()}".strip()
-                    )
+                    await cell.settle()
             except BaseException as error:
                 await cell.discard()
-                if isinstance(error, (OSError, TimeoutError)):
+                if isinstance(error, OSError):
                     raise HostUnfit(f"a cell for a VMM could not be made: {error!r}") from error
                 raise
             return cell
+
+    async def _born(self, spec: CellSpec, order: dict[str, Any]) -> Cell:
+        """A cell that has not yet said whether it could enter its jail."""
+        with contextlib.ExitStack() as stack:
+            log = new_log()
+            stack.callback(os.close, log)
+            fds = [log]
+            if spec.netns is not None and self.jailed:
+                fds.append(_open_namespace(spec.netns))
+                stack.callback(os.close, fds[1])
+            pid, sock = await self._ask(lambda link: link.ask(order, fds))
+            try:
+                return Cell(self, spec, _our_child(pid, os.dup(log)), sock)
+            except BaseException:
+                sock.close()
+                end_child(pid)
+                raise
 
     def _order(self, spec: CellSpec) -> dict[str, Any]:
         if spec.uid <= 0:
@@ -282,7 +295,7 @@ class Jailer:
                     await self._link.close(wait=True)
                 self._link = await Link.start(self.root, self.cgroups, self._lost)
                 for process, deadline in self._watched.values():
-                    if process.running:
+                    if process.running and process.pidfd >= 0:
                         message = {"do": "watch", "pid": process.pid, "deadline": deadline}
                         await self._link.send(message, [process.pidfd])
             return self._link

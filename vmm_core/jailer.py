@@ -152,6 +152,7 @@ class Cell:
     """The order for one cell. ``fds``: its log, then the network namespace where one is named."""
 
     def __init__(self, order: dict[str, Any], fds: list[int]) -> None:
+        require(order, fds)
         self.uid: int = order["uid"]
         self.kvm: bool = order["kvm"]
         self.cgroups: list[dict[str, Any]] = order["cgroups"]
@@ -265,7 +266,10 @@ def sleep_milliseconds(watched: dict[int, tuple[int, float]], orphaned: bool) ->
 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
-    """One message and its descriptors (close-on-exec); None at the end of file."""
+    """One message and its descriptors (close-on-exec); None at the end of file.
+
+    Descriptors are lost where this process may open no more: whoever needs them counts.
+    """
     room = socket.CMSG_SPACE(FD_LIMIT * 4)
     data, ancillary, flags, _ = sock.recvmsg(MESSAGE_LIMIT, room, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
@@ -274,9 +278,14 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
             fds.frombytes(payload[: len(payload) - len(payload) % 4])
     if not data:
         return None, []
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if flags & socket.MSG_TRUNC:
         raise Refused("a message that is too long")
     return json.loads(data), list(fds)
+
+
+def require(order: dict[str, Any], fds: list[int]) -> None:
+    if len(fds) != order["fds"]:
+        raise Refused(f"{len(fds)} of {order['fds']} descriptors came: too many are open")
 
 
 def answer(sock: socket.socket, message: dict[str, Any], *fds: int) -> None:
@@ -353,6 +362,7 @@ def live(sock: socket.socket, jail: Jail, cell: Cell) -> NoReturn:
         sock.send(b"{}")
         order, fds = receive(sock)
         if order is not None:
+            require(order, fds)
             take_places(fds)
             execute(jail, order)
         status = 0

@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import contextlib
+import errno
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -128,16 +130,26 @@ class Link:
 
     def _take(self, said: dict[str, Any], fds: list[int]) -> None:
         future = self._asked.get(said.get("id", 0))
-        if future is None or future.done():
-            # Whoever asked has given up: without its socket the cell ends by itself.
+        if "error" in said:
+            if future is not None and not future.done():
+                future.set_exception(HostUnfit(f"a cell for a VMM could not be made: {said['error']}"))
+        elif future is None or future.done():
+            end_child(said["pid"])  # whoever asked has given up
             for fd in fds:
                 os.close(fd)
-        elif "error" in said:
-            future.set_exception(HostUnfit(f"a cell for a VMM could not be made: {said['error']}"))
+        elif not fds:
+            end_child(said["pid"])
+            future.set_exception(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
         else:
             sock = socket.socket(fileno=fds[0])
             sock.setblocking(False)
             future.set_result((said["pid"], sock))
+
+
+def end_child(pid: int) -> None:
+    """End a cell that nobody has a use for. It is our child and a moment old: this takes no time."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def reap_left() -> None:
@@ -165,7 +177,7 @@ def _settings(root: Path | None, cgroups: Cgroups) -> dict[str, Any]:
 
 async def send(sock: socket.socket, message: Mapping[str, Any], fds: Sequence[int]) -> None:
     """One message and its descriptors. Raises BadRequest when it is too long, OSError when nobody is there."""
-    data = json.dumps(message).encode()
+    data = json.dumps({**message, "fds": len(fds)}).encode()
     if len(data) > jailer.MESSAGE_LIMIT or len(fds) > jailer.FD_LIMIT:
         raise BadRequest(
             f"a command line of {len(data)} bytes with {len(fds)} descriptors: at most "

@@ -7,6 +7,7 @@ would work, and once in a cell of the real jailer.
 import asyncio
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -464,3 +465,34 @@ async def test_a_cell_that_waits_can_be_given_other_limits(jailer: Jailer, progr
     assert await asyncio.wait_for(process.wait(), 20) == -signal.SIGKILL
     process.close()
     await jailer.cgroups.remove(FIRST)
+
+
+async def test_a_service_without_descriptors_left_gets_an_error_and_leaves_nothing(jailer: Jailer) -> None:
+    await (await jailer.prepare(spec(FIRST))).discard()
+    before = (set(os.listdir("/proc/self/fd")), children())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    refused = 0
+    try:
+        for room in range(24):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest_descriptor() + 1 + room, hard))
+            try:
+                cell = await jailer.prepare(spec(FIRST))
+            except HostUnfit:
+                refused += 1
+            else:
+                await cell.discard()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert 0 < refused < 24
+    await asyncio.sleep(0.2)
+    await (await jailer.prepare(spec(FIRST))).discard()
+    assert (set(os.listdir("/proc/self/fd")), children()) == before
+    await jailer.cgroups.remove(FIRST)
+
+
+def highest_descriptor() -> int:
+    """The highest number below which every descriptor is open."""
+    number = 0
+    while Path(f"/proc/self/fd/{number}").is_symlink():
+        number += 1
+    return number - 1

@@ -63,7 +63,8 @@ for name, run in order["runs"].items():
         except FileNotFoundError:
             found[limit] = None
     found["status"] = [line for line in open(f"/proc/{said['pid']}/status") if line.startswith(("Cap", "Seccomp:"))]
-    cell.send(json.dumps({"argv": ["/taken_over", *run], "env": {}, "rlimits": {"CORE": 0}, "cwd": "/"}).encode())
+    program = {"argv": ["/taken_over", *run], "env": {}, "rlimits": {"CORE": 0}, "cwd": "/", "fds": 0}
+    cell.send(json.dumps(program).encode())
     _, status = os.waitpid(said["pid"], 0)
     ooms = [line.split()[1] for line in open(group + "memory.events") if line.startswith("oom_kill ")]
     found[name] = [os.waitstatus_to_exitcode(status), os.pread(log, 4096, 0).decode(), *ooms]
@@ -90,7 +91,7 @@ async def test_limits_hold_under_version_2(engine: Engine, minimal: Snapshot, tm
             "filter": b64encode(seccomp.program(address)).decode(),
             "kvm": False,
         },
-        "cell": {"do": "cell", "id": 1, "uid": 70_000, "kvm": False, "cgroups": plan},
+        "cell": {"do": "cell", "fds": 1, "id": 1, "uid": 70_000, "kvm": False, "cgroups": plan},
         "runs": {
             "nothing": ["nothing"],
             "threads": ["threads", "300"],
