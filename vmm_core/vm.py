@@ -134,8 +134,14 @@ class RunningVm:
             exec_id, argv, user=user, env=env, cwd=cwd, stdin=stdin, timeout=timeout, files=files
         )
 
-    async def attach(self, exec_id: str, *, stdout_from: int = 0, stderr_from: int = 0) -> Process:
-        """Take up the streams of a command that runs already, from these byte offsets on."""
+    async def attach(
+        self, exec_id: str, *, stdout_from: int | None = 0, stderr_from: int | None = 0
+    ) -> Process:
+        """Take up the streams of a command that runs already, from these byte offsets on.
+
+        ``None``: from the oldest byte the guest still has, which in a fork of a running machine is the first that
+        its parent's host had not acknowledged.
+        """
         self._worked = True
         return await self.channel.attach(exec_id, stdout_from=stdout_from, stderr_from=stderr_from)
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class Copied:
         return stream
 
     @contextmanager
-    def new_host(self) -> Iterator[socket.socket]:
+    def new_host(self) -> Generator[socket.socket]:
         with socket.socket(fileno=os.dup(self.port.fileno())) as sock:
             yield sock
 

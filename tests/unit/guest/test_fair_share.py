@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -78,7 +78,7 @@ for number, request in requests():
 
 
 @asynccontextmanager
-async def peer(directory: Path, kind: str) -> AsyncIterator[Channel]:
+async def peer(directory: Path, kind: str) -> AsyncGenerator[Channel]:
     path = directory / f"{kind}.sock"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -129,6 +129,7 @@ async def test_a_neighbour_waits_little_for_a_guest_that_never_stops_talking(tmp
 
         # The host is not ours alone: the best of a few attempts is what this code makes possible.
         ratios: list[float] = []
+        share = 0.0
         for _ in range(4):
             before = await round_trips(good, 300)
             spent = time.thread_time()
