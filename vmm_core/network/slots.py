@@ -236,16 +236,18 @@ class SlotPool:
 
     async def reap(self, number: int) -> bool:
         """Remove all there is of an orphan; False when it has an owner or a process by now."""
-        place = _Place(slot(number))
-        place.elements = None
-        if (
-            self._claims.locked(number)
-            or await host.inhabited([number])
-            or not self._claims.take_over(number)
-        ):
-            return False
-        await self._scrub([place])
-        return True
+        return number in await self.reap_all([number])
+
+    async def reap_all(self, numbers: Sequence[int]) -> set[int]:
+        """Remove all there is of these orphans, but for those that have an owner or a process by now."""
+        living = await host.inhabited(numbers)
+        held = await self._firewall.elements()
+        empty = [number for number in numbers if number not in living and not self._claims.locked(number)]
+        taken = [number for number in empty if self._claims.take_over(number)]
+        if taken:
+            await self._firewall.change(remove=[each for number in taken for each in held.get(number, ())])
+            await self._scrub([_Place(slot(number)) for number in taken])
+        return set(taken)
 
     # -------------------------------------------------------------- the inside
 
