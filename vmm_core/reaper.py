@@ -111,12 +111,15 @@ class Reaper:
         due = [orphan for orphan in found if orphan.key in self._suspects][:MOST_IN_ONE_PASS]
         removed: list[Orphan] = []
         for orphan in due:
-            try:
-                if await self._remove(orphan):
-                    removed.append(orphan)
-                    _tell("reaped", orphan, orphan.why)
-            except (VmmError, OSError, TimeoutError) as error:
-                _tell("not reaped", orphan, f"{type(error).__name__}: {error}")
+            if orphan.kind != "slot":
+                try:
+                    if await self._remove(orphan):
+                        removed.append(orphan)
+                except (VmmError, OSError, TimeoutError) as error:
+                    _tell("not reaped", orphan, f"{type(error).__name__}: {error}")
+        removed += await self._remove_slots([orphan for orphan in due if orphan.kind == "slot"])
+        for orphan in removed:
+            _tell("reaped", orphan, orphan.why)
         self._suspects = {orphan.key for orphan in found} - {orphan.key for orphan in removed}
         return removed
 
@@ -139,7 +142,7 @@ class Reaper:
             case "vm":
                 return await self._remove_vm(self._pool.vms / orphan.name)
             case "slot":
-                return await self._remove_slot(int(orphan.name))
+                return bool(await self._remove_slots([orphan]))
             case "group":
                 await self._berths.jailer.cgroups.remove(orphan.name)
                 return True
@@ -222,15 +225,27 @@ class Reaper:
                 found.append(Orphan("slot", str(number), mark, why))
         return found
 
-    async def _remove_slot(self, number: int) -> bool:
+    async def _remove_slots(self, due: Sequence[Orphan]) -> list[Orphan]:
+        """End what lives in these slots and give them back, all at once; those that are gone."""
         slots = self._berths.slots
-        if slots is None:
-            return False
-        inside = _inside(slots, number, await asyncio.to_thread(processes.seen))
-        if _loose(slots, number, inside) is None or await processes.end(inside):
-            return False
-        await self._berths.jailer.cgroups.remove(number)
-        return await slots.reap(number)
+        if slots is None or not due:
+            return []
+        running = await asyncio.to_thread(processes.seen)
+        empty: dict[int, Orphan] = {}
+        for orphan in due:
+            number = int(orphan.name)
+            inside = _inside(slots, number, running)
+            try:
+                if _loose(slots, number, inside) is not None and not await processes.end(inside):
+                    await self._berths.jailer.cgroups.remove(number)
+                    empty[number] = orphan
+            except (OSError, TimeoutError) as error:
+                _tell("not reaped", orphan, f"{type(error).__name__}: {error}")
+        try:
+            return [empty[number] for number in await slots.reap_all(list(empty))]
+        except (VmmError, OSError) as error:
+            _log.warning("%d slots not reaped: %s", len(empty), error)
+            return []
 
     # ── processes that no slot tells of ──────────────────────────────────────────────────────────
 
