@@ -271,7 +271,11 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     Descriptors are lost where this process may open no more: whoever needs them counts.
     """
     room = socket.CMSG_SPACE(FD_LIMIT * 4)
-    data, ancillary, flags, _ = sock.recvmsg(MESSAGE_LIMIT, room, socket.MSG_CMSG_CLOEXEC)
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(MESSAGE_LIMIT, room, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        # The other end went without reading all we said. Told once; what it said before is still to be read.
+        data, ancillary, flags, _ = sock.recvmsg(MESSAGE_LIMIT, room, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -26,7 +26,7 @@ FIRST = 910_000
 SLEEP = Path("/bin/sleep").resolve()
 SMALL = Limits(vcpus=1, memory_mib=32, vmm_mib=32, disk_mib=64)
 
-# A service that has three cells waiting and one VM, and then hangs.
+# A service that has three cells waiting, one VM, and an answer of its jailer unread, and then hangs.
 SERVICE = """
 import asyncio, json, sys, time
 from pathlib import Path
@@ -43,6 +43,11 @@ async def main(data, program, first, seconds):
     ]
     vm = await cells[0].run([program, "60"], deadline=time.time() + float(seconds))
     print(json.dumps({"vm": vm.pid, "waiting": [cell.pid for cell in cells[1:]]}), flush=True)
+    unread = asyncio.create_task(
+        jailer.prepare(CellSpec(number=int(first) + 4, uid=2_000_000 + int(first) + 4, limits=limits))
+    )
+    for _ in range(10):
+        await asyncio.sleep(0)
     time.sleep(60)
 
 asyncio.run(main(*sys.argv[1:]))
@@ -61,7 +66,7 @@ async def jailer(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Jail
 async def nothing_left() -> AsyncIterator[None]:
     yield
     groups = cgroup.find()
-    for number in range(FIRST, FIRST + 4):
+    for number in range(FIRST, FIRST + 5):
         for pid in groups.pids(number):
             os.kill(pid, signal.SIGKILL)
         await groups.remove(number)
@@ -100,6 +105,7 @@ async def test_a_killed_service_leaves_its_vm_until_its_deadline_and_nothing_els
         assert service.stdout is not None
         pids = json.loads(await asyncio.to_thread(service.stdout.readline))
         started = time.time()
+        await asyncio.sleep(0.3)
         (own_jailer,) = jailers_of(service.pid)
         assert not gone(pids["vm"])
         assert not any(gone(pid) for pid in pids["waiting"])
@@ -107,6 +113,9 @@ async def test_a_killed_service_leaves_its_vm_until_its_deadline_and_nothing_els
         service.kill()
         service.wait()
     await until(lambda: all(gone(pid) for pid in pids["waiting"]), seconds=2)
+    groups = cgroup.find()
+    await until(lambda: not groups.pids(FIRST + 4))
+    assert FIRST + 4 in groups.numbers(), "the one that was never heard of was made"
     assert not gone(pids["vm"]), "a VM outlives its service"
     assert not gone(own_jailer)
     await until(lambda: gone(pids["vm"]), seconds=seconds + 5)
