@@ -11,11 +11,9 @@ lock in its directory. When that process dies the VM lives on, and any engine ma
 import asyncio
 import contextlib
 import errno
-import functools
 import os
-import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,25 +21,18 @@ import msgspec
 
 from vmm_core import accel as acceleration
 from vmm_core.accounting import host_available_mib
-from vmm_core.berths import Berth, Berths, open_berths
-from vmm_core.console import Console, tail
-from vmm_core.disk import Pool, clone_file, open_pool
-from vmm_core.drivers.base import CONSOLE_SOCKET, DISK, STATE, Driver, Place, Saved, Vm
+from vmm_core.adoption import Adoption
+from vmm_core.berths import Berths, open_berths
+from vmm_core.disk import Pool, open_pool
+from vmm_core.drivers.base import DISK, Driver, Saved
 from vmm_core.drivers.qemu import QemuDriver
 from vmm_core.errors import (
     BadRequest,
-    BootFailed,
-    GuestError,
-    GuestTimeout,
     HostOutOfMemory,
-    HostUnfit,
     PoolFull,
     SnapshotInvalid,
     UnknownVm,
-    VmDied,
-    VmmError,
 )
-from vmm_core.guest.channel import Channel, Revive
 from vmm_core.ledger import Ledger
 from vmm_core.live import Live, new_identity
 from vmm_core.machine import (
@@ -49,7 +40,6 @@ from vmm_core.machine import (
     BootImage,
     EgressRule,
     EngineInfo,
-    ForkTimings,
     Frozen,
     Identity,
     MachineSpec,
@@ -59,17 +49,14 @@ from vmm_core.machine import (
     VmExit,
     VmRecord,
 )
-from vmm_core.network.addresses import RESOLVER
-from vmm_core.network.egress import virtual_hosts
 from vmm_core.process import VmmProcess
 from vmm_core.reaper import Reaper, reap_on
-from vmm_core.record import host_boot, read_record, read_records, try_lock, write_record
+from vmm_core.record import read_records, try_lock
 from vmm_core.residents import Residents
 from vmm_core.snapshot import SnapshotStore, file_sizes
-from vmm_core.vm import RunningVm, end_processes_in, remove_tree
+from vmm_core.start import Order, Starter
+from vmm_core.vm import Parts, RunningVm
 
-BOOT_SECONDS = 120.0
-REVIVE_SECONDS = 30.0
 _MEMORY_RESERVE_MIB = 256
 _CLOSE_SECONDS = 30.0
 # What a fresh clone and its VMM need at once; what it writes later is its own affair.
@@ -101,8 +88,10 @@ class Engine:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._residents = Residents()
-        self._live = Live(self, self._residents, start=self._launch, require=self._require)
+        self._live = Live(self, self._residents, start=self._clone, require=self._require)
         self.ledger = Ledger(data_dir, self.vms)
+        self._starter = Starter(pool, driver, self._residents, self._get_berths, self._on_step)
+        self._adoption = Adoption(driver, self.ledger, self._get_berths, self._live.frozen.has)
         self._berths: Berths | None = None
         self._opening = asyncio.Lock()
         self._reaping: asyncio.Task[None] | None = None
@@ -217,10 +206,11 @@ class Engine:
         machine = manifest.machine.on(_opened(manifest.machine.network, allow))
         await self._require(machine, _FORK_MEMORY_MIB)
         self._require_fit(manifest)
-        identity = new_identity(hostname)
-        return await self._launch(snapshot, machine, identity, ttl, metadata, parent=manifest.digest)
+        return await self._clone(
+            snapshot, machine, new_identity(hostname), ttl, metadata, parent=manifest.digest
+        )
 
-    async def _launch(
+    async def _clone(
         self,
         snapshot: Snapshot,
         machine: MachineSpec,
@@ -232,63 +222,11 @@ class Engine:
     ) -> RunningVm:
         """A clone of ``snapshot`` known as ``identity``, which stands on the snapshot ``parent``."""
         manifest = snapshot.manifest
-        started = time.perf_counter()
-        berths = await self._get_berths()
-        async with berths.starting(), contextlib.AsyncExitStack() as undo:
-            berth, opening = await self._take_berth(berths, identity.id, machine, undo)
-            place, lock = self._new_place(identity.id, machine.network, ttl, undo)
-            self._on_step("disk")
-            await self._clone_disk(snapshot.path / DISK, place.directory / DISK)
-            cloned = time.perf_counter()
-            self._on_step("memory")
-            resident = await self._residents.memory_of(snapshot)
-            self._on_step("spawn")
-            async with berths.wired(berth, machine.network) as wired:
-                driver_vm = await self.driver.restore(
-                    place, wired, machine, manifest.accel, resident, snapshot.path / STATE, manifest.state
-                )
-            undo.push_async_callback(driver_vm.kill)
-            loaded = time.perf_counter()
-            self._on_step("connect")
-            channel = await Channel.connect(driver_vm.agent_socket)
-            undo.push_async_callback(channel.close)
-            self._on_step("revive")
-            await _unless_dead(
-                driver_vm, channel.revive(self._revive(place, identity), timeout=REVIVE_SECONDS)
-            )
-            await opening
-            revived = time.perf_counter()
-            self._on_step("record")
-            record = self._record(
-                place,
-                berth,
-                identity,
-                driver_vm,
-                machine,
-                manifest.accel,
-                metadata,
-                parent=parent,
-                template=manifest.labels.get("template") or self._name_of(manifest.digest),
-            )
-            capture = Console(place.directory, CONSOLE_SOCKET)
-            undo.push_async_callback(capture.close)
-            self._on_step("done")
-            undo.pop_all()
-        timings = _timings(started, cloned, loaded, revived)
-        return self._enroll(
-            RunningVm(
-                record,
-                place.directory,
-                driver_vm,
-                channel,
-                capture,
-                lock,
-                timings,
-                functools.partial(berths.release, berth.slot),
-                self._gone,
-                self._live,
-            )
+        template = manifest.labels.get("template") or self._name_of(manifest.digest)
+        order = Order(
+            machine, manifest.accel, identity, snapshot.path / DISK, ttl, metadata or {}, parent, template
         )
+        return self._enroll(await self._starter.clone(snapshot, order))
 
     async def snapshot(
         self,
@@ -353,9 +291,9 @@ class Engine:
             lock = try_lock(directory) if directory.name not in self._vms else None
             if lock is not None:
                 claims.append((directory, lock))
-        adopted = await asyncio.gather(*(self._adopt_or_clear(directory, lock) for directory, lock in claims))
+        found = await asyncio.gather(*(self._adoption.adopt_or_clear(*claim) for claim in claims))
         await asyncio.to_thread(self.snapshots.sweep)
-        return [vm for vm in adopted if vm is not None]
+        return [self._enroll(parts) for parts in found if parts is not None]
 
     def records(self) -> list[VmRecord]:
         """Every VM of the data directory, whoever owns it, oldest first."""
@@ -384,7 +322,7 @@ class Engine:
             process.close()
         lock = try_lock(self.pool.vms / vm_id)
         if lock is not None:
-            await self._clear(self.pool.vms / vm_id)
+            await self._adoption.clear(self.pool.vms / vm_id)
             os.close(lock)
 
     # ── machines that run ────────────────────────────────────────────────────────────────────────
@@ -421,58 +359,7 @@ class Engine:
                 raise BadRequest(f"cannot boot: {path} is not a file")
         await self._require(machine, machine.memory_mib)
         accel = await self.choose_accel(image)
-        started = time.perf_counter()
-        identity = new_identity()
-        berths = await self._get_berths()
-        async with berths.starting(), contextlib.AsyncExitStack() as undo:
-            berth, opening = await self._take_berth(berths, identity.id, machine, undo)
-            place, lock = self._new_place(identity.id, machine.network, ttl, undo)
-            self._on_step("disk")
-            await self._clone_disk(image.disk, place.directory / DISK)
-            _grow(place.directory / DISK, machine.disk_mib << 20)
-            cloned = time.perf_counter()
-            self._on_step("spawn")
-            async with berths.wired(berth, machine.network) as wired:
-                driver_vm = await self.driver.boot(place, wired, machine, image, accel)
-            undo.push_async_callback(driver_vm.kill)
-            capture = Console(place.directory, CONSOLE_SOCKET)
-            undo.push_async_callback(capture.close)
-            spawned = time.perf_counter()
-            self._on_step("connect")
-            channel = await Channel.connect(driver_vm.agent_socket)
-            undo.push_async_callback(channel.close)
-            self._on_step("revive")
-            try:
-                await _unless_dead(
-                    driver_vm, channel.revive(self._revive(place, identity), timeout=BOOT_SECONDS)
-                )
-            except (GuestError, VmDied) as error:
-                raise BootFailed(
-                    f"the machine did not come up: {error}\nconsole: …{tail(place.directory)}"
-                ) from error
-            await opening
-            revived = time.perf_counter()
-            self._on_step("record")
-            record = self._record(
-                place, berth, identity, driver_vm, machine, accel, metadata, parent=None, template=None
-            )
-            self._on_step("done")
-            undo.pop_all()
-        timings = _timings(started, cloned, spawned, revived)
-        return self._enroll(
-            RunningVm(
-                record,
-                place.directory,
-                driver_vm,
-                channel,
-                capture,
-                lock,
-                timings,
-                functools.partial(berths.release, berth.slot),
-                self._gone,
-                self._live,
-            )
-        )
+        return self._enroll(await self._starter.boot(image, machine, accel, ttl, metadata or {}))
 
     async def check_network(self, network: Network) -> None:
         """Raise BadRequest, naming what is wrong, unless this host can give a VM this network."""
@@ -494,16 +381,6 @@ class Engine:
                 )
                 self._berths = await self._stack.enter_async_context(opening)
             return self._berths
-
-    async def _take_berth(
-        self, berths: Berths, vm_id: str, machine: MachineSpec, undo: contextlib.AsyncExitStack
-    ) -> tuple[Berth, asyncio.Future[None]]:
-        """A place to run, and the opening of its network, which goes on beside the start of the VMM."""
-        berth = await berths.take(machine, self.pool.vms / vm_id)
-        undo.push_async_callback(berths.give_back, berth)
-        opening = asyncio.ensure_future(berths.open(berth, machine.network))
-        undo.push_async_callback(_abandon, opening)
-        return berth, opening
 
     async def _require(self, machine: MachineSpec, memory_mib: int) -> None:
         """Refuse early, by name, what cannot work."""
@@ -534,93 +411,15 @@ class Engine:
                 f"template {name} cannot be forked: {problem}; bake it again (microvm bake {name})"
             )
 
-    def _new_place(
-        self, vm_id: str, network: Network, ttl: float, undo: contextlib.AsyncExitStack
-    ) -> tuple[Place, int]:
-        directory = self.pool.vms / vm_id
-        self._on_step("place")
-        draft = self.pool.staging / vm_id
-        try:
-            draft.mkdir(mode=0o700)
-            undo.callback(remove_tree, draft)
-            lock = try_lock(draft)
-            if lock is None:
-                raise HostUnfit(f"{draft} was taken by another process as it was made")
-            undo.callback(os.close, lock)
-            undo.callback(remove_tree, directory)
-            # Locked before it can be seen: another process that adopts must not take it for an orphan.
-            draft.rename(directory)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise PoolFull(
-                    f"the disk pool {self.pool.root} is full: remove templates or end VMs"
-                ) from error
-            raise
-        return Place(id=vm_id, directory=directory, network=network, expires_at=time.time() + ttl), lock
-
-    async def _clone_disk(self, source: Path, target: Path) -> None:
-        if self.pool.kind == "copy":
-            await asyncio.to_thread(clone_file, source, target)
-        else:
-            clone_file(source, target)
-
     def _name_of(self, digest: str) -> str | None:
         return min(
             (name for name, meaning in self.snapshots.names().items() if meaning == digest), default=None
         )
 
-    def _revive(self, place: Place, identity: Identity) -> Revive:
-        return Revive(
-            token=identity.id,
-            entropy=secrets.token_bytes(64),
-            time_ns=time.time_ns(),
-            hostname=identity.hostname,
-            machine_id=identity.machine_id,
-            boot_id=identity.boot_id,
-            hosts=virtual_hosts(place.network.allow),
-            resolver=RESOLVER if place.network.mode == "internet" else "",
-        )
-
-    def _record(
-        self,
-        place: Place,
-        berth: Berth,
-        identity: Identity,
-        driver_vm: Vm,
-        machine: MachineSpec,
-        accel: Accel,
-        metadata: Mapping[str, str] | None,
-        *,
-        parent: str | None,
-        template: str | None,
-    ) -> VmRecord:
-        tied = self.driver.fingerprint(machine, accel)
-        record = VmRecord(
-            id=place.id,
-            pid=driver_vm.pid,
-            start_ticks=driver_vm.start_ticks,
-            machine=machine,
-            accel=accel,
-            parent=parent,
-            template=template,
-            created_at=time.time(),
-            expires_at=place.expires_at,
-            slot=berth.slot.number if berth.slot is not None else None,
-            metadata=dict(metadata or {}),
-            host_boot=host_boot(),
-            hostname=identity.hostname,
-            machine_id=identity.machine_id,
-            boot_id=identity.boot_id,
-            argv_digest=tied.argv_digest,
-            cpu_model=tied.cpu_model,
-            vmm_version=tied.vmm_version,
-        )
-        write_record(place.directory, record)
-        return record
-
     # ── the VMs of this process ──────────────────────────────────────────────────────────────────
 
-    def _enroll(self, vm: RunningVm) -> RunningVm:
+    def _enroll(self, parts: Parts) -> RunningVm:
+        vm = RunningVm(parts, self._gone, self._live)
         self._vms[vm.id] = vm
         self.ledger.opened(vm)
         delay = max(0.0, vm.record.expires_at - time.time())
@@ -640,93 +439,12 @@ class Engine:
         self._live.gone(vm)
         self.ledger.closed(vm)
 
-    async def _adopt_or_clear(self, directory: Path, lock: int) -> RunningVm | None:
-        try:
-            vm = await self._adopt(directory, lock)
-        except (GuestTimeout, BadRequest, OSError, msgspec.DecodeError):
-            os.close(lock)  # slow, its slot another's, or not readable to this release: not ours to end
-            return None
-        except BaseException:
-            os.close(lock)
-            raise
-        if vm is None:
-            await self._clear_dead(directory)
-            os.close(lock)
-        return vm
-
-    async def _clear(self, directory: Path) -> None:
-        """Remove what a VM left whose process has ended."""
-        end_processes_in(directory)
-        with contextlib.suppress(OSError, VmmError):
-            slot = None
-            with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
-                slot = read_record(directory).slot
-            await (await self._get_berths()).clear(directory, slot)
-        remove_tree(directory)
-
-    async def _adopt(self, directory: Path, lock: int) -> RunningVm | None:
-        """The VM in ``directory``, or None when it is dead, expired or was never finished."""
-        try:
-            record = read_record(directory)
-        except FileNotFoundError:
-            return None
-        if record.host_boot != host_boot():
-            return None  # it ended with the host; its pid is somebody else's by now
-        place = Place(id=record.id, directory=directory, network=record.machine.network)
-        driver_vm = self.driver.adopt(place, record.pid, record.start_ticks)
-        if driver_vm is None:
-            return None
-        try:
-            # Both a VM and frozen: a freeze or a thaw was cut short, and what is frozen is whole.
-            if record.expires_at <= time.time() or self._live.frozen.has(record.id):
-                await driver_vm.kill()
-                return None
-            channel = await Channel.connect(driver_vm.agent_socket)
-            try:
-                await _unless_dead(driver_vm, channel.hello(record.id, timeout=REVIVE_SECONDS))
-                release = await self._adopt_berth(record, directory)
-            except BaseException:
-                await channel.close()
-                raise
-        except (GuestTimeout, BadRequest):
-            await driver_vm.detach()  # slow is not dead
-            raise
-        except (GuestError, VmDied):
-            await driver_vm.kill()
-            self.ledger.saw(record.id, await driver_vm.wait())
-            return None
-        capture = Console(directory, CONSOLE_SOCKET)
-        return self._enroll(
-            RunningVm(
-                record,
-                directory,
-                driver_vm,
-                channel,
-                capture,
-                lock,
-                ForkTimings(),
-                release,
-                self._gone,
-                self._live,
-            )
-        )
-
-    async def _adopt_berth(self, record: VmRecord, directory: Path) -> Callable[[], Awaitable[None]]:
-        """Hold the slot of a VM that outlived its service; what gives it back."""
-        berths = await self._get_berths()
-        slot = None
-        if record.slot is not None:
-            slot = await berths.adopt(record.slot, directory, record.machine.network)
-        return functools.partial(berths.release, slot)
-
     async def reaper(self) -> Reaper:
         """What looks for things that nothing owns, on this host and in this data directory."""
         berths = await self._get_berths()
-        return Reaper(self.pool, self.snapshots, berths, owned=self._vms.keys, clear=self._clear_dead)
-
-    async def _clear_dead(self, directory: Path) -> None:
-        self.ledger.found_dead(directory)
-        await self._clear(directory)
+        return Reaper(
+            self.pool, self.snapshots, berths, owned=self._vms.keys, clear=self._adoption.clear_dead
+        )
 
     async def _close(self) -> None:
         if self._reaping is not None:
@@ -750,11 +468,6 @@ class Engine:
         return self.data_dir / "cache" / "accel.json"
 
 
-async def _abandon(task: asyncio.Future[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
 def _unheard(_step: str) -> None:
     pass
 
@@ -762,37 +475,3 @@ def _unheard(_step: str) -> None:
 def _opened(network: Network, allow: Sequence[EgressRule] | None) -> Network:
     """A template's network, open to ``allow`` instead of its own list where one is given."""
     return network if allow is None else msgspec.structs.replace(network, allow=tuple(allow))
-
-
-def _timings(started: float, cloned: float, spawned: float, revived: float) -> ForkTimings:
-    """The parts of a start that ends now, from the instants (perf_counter) between them."""
-    return ForkTimings(
-        disk_ms=(cloned - started) * 1e3,
-        spawn_ms=(spawned - cloned) * 1e3,
-        revive_ms=(revived - spawned) * 1e3,
-        record_ms=(time.perf_counter() - revived) * 1e3,
-    )
-
-
-async def _unless_dead(driver_vm: Vm, answer: Awaitable[T]) -> T:
-    """Wait for the guest's answer, but no longer than its VMM lives."""
-    asking = asyncio.ensure_future(answer)
-    dying = asyncio.ensure_future(driver_vm.wait())
-    try:
-        await asyncio.wait({asking, dying}, return_when=asyncio.FIRST_COMPLETED)
-        if asking.done() and asking.exception() is None:
-            return asking.result()
-        # The channel often breaks an instant before the process is seen to end: the death is the better reason.
-        await asyncio.wait({dying}, timeout=0.2)
-        if dying.done():
-            raise VmDied(f"the VM ended before it answered: {dying.result().reason}")
-        return await asking
-    finally:
-        for task in (asking, dying):
-            task.cancel()
-        await asyncio.gather(asking, dying, return_exceptions=True)
-
-
-def _grow(disk: Path, size: int) -> None:
-    if disk.stat().st_size < size:
-        os.truncate(disk, size)

@@ -17,7 +17,6 @@ import logging
 import os
 import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -30,6 +29,7 @@ from vmm_core.drivers.base import MEMORY, SUMS
 from vmm_core.errors import BadRequest, SnapshotInvalid, UnknownTemplate, UnknownVm, VmmError
 from vmm_core.frozen import FrozenVms
 from vmm_core.machine import Frozen, Identity, MachineSpec, Manifest, Snapshot, VmExit
+from vmm_core.record import new_identity
 from vmm_core.residents import Residents
 from vmm_core.snapshot import SnapshotStore, file_sizes, load_memory
 from vmm_core.vm import RunningVm
@@ -340,13 +340,6 @@ class Live:
 def _image_in(directory: Path) -> Image | None:
     image, sums = directory / MEMORY, directory / SUMS
     return Image(image, sums if sums.exists() else None) if image.exists() else None
-
-
-def new_identity(hostname: str | None = None) -> Identity:
-    vm_id = f"vm-{uuid.uuid4().hex[:12]}"
-    return Identity(
-        id=vm_id, hostname=hostname or vm_id, machine_id=uuid.uuid4().hex, boot_id=str(uuid.uuid4())
-    )
 
 
 def _new_digest() -> str:

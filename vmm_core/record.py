@@ -8,11 +8,12 @@ import contextlib
 import fcntl
 import functools
 import os
+import uuid
 from pathlib import Path
 
 import msgspec
 
-from vmm_core.machine import VmRecord
+from vmm_core.machine import Identity, VmRecord
 
 RECORD, LOCK = "vm.json", "lock"
 
@@ -55,3 +56,10 @@ def try_lock(directory: Path) -> int | None:
 def host_boot() -> str:
     """This boot of the host: a pid and a start time name a process only within it."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def new_identity(hostname: str | None = None) -> Identity:
+    vm_id = f"vm-{uuid.uuid4().hex[:12]}"
+    return Identity(
+        id=vm_id, hostname=hostname or vm_id, machine_id=uuid.uuid4().hex, boot_id=str(uuid.uuid4())
+    )

@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, 
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from vmm_core import accounting, console, evidence
 from vmm_core.drivers.base import DISK, Vm
 from vmm_core.errors import ChannelClosed, VmDied
@@ -39,30 +41,31 @@ class Forks(Protocol):
     async def freeze(self, vm: "RunningVm", ttl: float) -> Frozen: ...
 
 
+class Parts(msgspec.Struct, frozen=True):
+    """What a running VM is made of. ``release`` gives its berth back once its VMM has ended."""
+
+    record: VmRecord
+    directory: Path
+    driver_vm: Vm
+    channel: Channel
+    capture: console.Console
+    lock: int
+    release: Callable[[], Awaitable[None]]
+    timings: ForkTimings
+
+
 class RunningVm:
     """A VM this process owns. Made by the engine only."""
 
-    def __init__(
-        self,
-        record: VmRecord,
-        directory: Path,
-        driver_vm: Vm,
-        channel: Channel,
-        capture: console.Console,
-        lock: int,
-        timings: ForkTimings,
-        release: Callable[[], Awaitable[None]],
-        on_gone: Callable[["RunningVm"], None],
-        live: "Forks",
-    ) -> None:
-        self.record = record
-        self.directory = directory
-        self.channel = channel
-        self.timings = timings
-        self.driver_vm = driver_vm
-        self._capture = capture
-        self._lock = lock
-        self._release = release
+    def __init__(self, parts: Parts, on_gone: Callable[["RunningVm"], None], live: "Forks") -> None:
+        self.record = parts.record
+        self.directory = parts.directory
+        self.channel = parts.channel
+        self.timings = parts.timings
+        self.driver_vm = parts.driver_vm
+        self._capture = parts.capture
+        self._lock = parts.lock
+        self._release = parts.release
         self._on_gone = on_gone
         self._live = live
         self._exec_count = 0
@@ -72,7 +75,7 @@ class RunningVm:
         self._verdict: VmExit | None = None
         self._exit: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
         self._destroying: asyncio.Task[None] | None = None
-        self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{record.id}")
+        self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{parts.record.id}")
 
     @property
     def id(self) -> str:

@@ -16,6 +16,7 @@ import pytest
 from tests.integration.conftest import at_rest, open_files, vmm_processes
 from vmm_core import console
 from vmm_core import engine as engine_module
+from vmm_core import start
 from vmm_core.engine import Engine
 from vmm_core.errors import (
     BadRequest,
@@ -538,7 +539,7 @@ async def test_a_machine_that_never_says_hello_is_given_up_with_its_console(
     blank = engine.staging / "blank.img"
     blank.touch()
     os.truncate(blank, 64 << 20)
-    monkeypatch.setattr(engine_module, "BOOT_SECONDS", 30.0)
+    monkeypatch.setattr(start, "BOOT_SECONDS", 30.0)
     try:
         image = BootImage(kernel=kernel, initrd=kernel.with_name("initrd.img"), disk=blank)
         with pytest.raises(BootFailed, match="did not come up"):
