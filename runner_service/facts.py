@@ -8,6 +8,7 @@ from runner_service.domain import Goto, Runner, RunnerState
 from runner_service.live import Live
 from runner_service.settings import Runners
 from vmm_core.console import last_words
+from vmm_core.machine import VmUsage
 
 # Exit codes of Runner.Listener; 0 does not say that the job passed.
 EXIT_MEANING = {0: "ended", 1: "was terminated", 2: "asks to be retried", 3: "is updating", 4: "is updating",
@@ -78,3 +79,15 @@ def late(runner: Runner) -> Goto:
         "busy": f"the job took longer than its limit of {seconds:.0f} s",
     }
     return Goto("retiring", what.get(runner.state, f"late in state {runner.state}"), f"late_{runner.state}")
+
+
+def spent(usage: VmUsage) -> str:
+    """What a VM cost in all, as the end of a sentence."""
+    mib = 1 << 20
+    parts = [f"{usage.cpu_seconds:.1f} s of CPU"]
+    if usage.peak_bytes:
+        parts.append(f"{usage.peak_bytes / mib:.0f} MiB of memory of its own")
+    parts.append(f"{usage.disk_write_bytes / mib:.0f} MiB written")
+    if usage.net_sent_bytes or usage.net_received_bytes:
+        parts.append(f"{(usage.net_sent_bytes + usage.net_received_bytes) / mib:.1f} MiB over the network")
+    return f"; it took {', '.join(parts)}"

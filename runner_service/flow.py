@@ -41,12 +41,12 @@ from runner_service.domain import (
     Wait,
 )
 from runner_service.egress import merged
-from runner_service.facts import EXIT_MEANING, FORCED, Limits, facts, late
+from runner_service.facts import EXIT_MEANING, FORCED, Limits, facts, late, spent
 from runner_service.joblog import JobLogs
 from runner_service.live import EXEC_ID, Live
 from runner_service.ports import Catalog, Forge, Hypervisor, RunnerVm
 from vmm_core.errors import GuestRefused, UnknownVm, VmmError
-from vmm_core.machine import EgressRule, GuestFile, VmUsage
+from vmm_core.machine import EgressRule, GuestFile
 
 log = structlog.get_logger("flow")
 T = TypeVar("T")
@@ -412,15 +412,3 @@ class Flow:
                 live.said = str(error)
                 live.note(runner, self.clock(), "forge failed", str(error))
             return None
-
-
-def spent(usage: VmUsage) -> str:
-    """What a VM cost in all, as the end of a sentence."""
-    mib = 1 << 20
-    parts = [f"{usage.cpu_seconds:.1f} s of CPU"]
-    if usage.peak_bytes:
-        parts.append(f"{usage.peak_bytes / mib:.0f} MiB of memory of its own")
-    parts.append(f"{usage.disk_write_bytes / mib:.0f} MiB written")
-    if usage.net_sent_bytes or usage.net_received_bytes:
-        parts.append(f"{(usage.net_sent_bytes + usage.net_received_bytes) / mib:.1f} MiB over the network")
-    return f"; it took {', '.join(parts)}"

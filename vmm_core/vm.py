@@ -22,7 +22,8 @@ from vmm_core.machine import ExecResult, ForkTimings, Frozen, GuestFile, VmExit,
 
 _EXIT_GRACE = 2.0
 _LAST_WORDS_SECONDS = 0.3
-_READING_SECONDS = 0.05
+# Milliseconds, unless the host is overloaded.
+_READING_SECONDS = 0.5
 
 
 class Forks(Protocol):

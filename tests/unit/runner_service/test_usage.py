@@ -12,7 +12,7 @@ from runner_service import views
 from runner_service.commands import service as commands
 from runner_service.commands import show
 from runner_service.domain import Ending
-from runner_service.flow import spent
+from runner_service.facts import spent
 from runner_service.store import queries as q
 from runner_service.telemetry import OTHER, Metrics, Names
 from tests.unit.runner_service.world import World, until
