@@ -14,9 +14,8 @@ import msgspec
 import pytest
 
 from tests.integration.conftest import at_rest, open_files, vmm_processes
-from vmm_core import console
+from vmm_core import console, start
 from vmm_core import engine as engine_module
-from vmm_core import start
 from vmm_core.engine import Engine
 from vmm_core.errors import (
     BadRequest,
