@@ -15,12 +15,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vmm_core import jailer, seccomp
+from vmm_core import kernel, seccomp
 from vmm_core.cgroup import Cgroups
 from vmm_core.errors import BadRequest, HostUnfit, VmmProtocolError
 from vmm_core.process import VmmProcess
 
 ANSWER_SECONDS = 30.0
+
+# The jailer imports its own three modules of this package and nothing else of it: small, and quick to start.
+LAUNCH = """
+import sys, types
+package = types.ModuleType("vmm_core")
+package.__path__ = [sys.argv[1]]
+sys.modules["vmm_core"] = package
+from vmm_core.jailer import main
+main(int(sys.argv[2]))
+"""
 
 # Jailers that were left to their VMs by an engine of this process: reaped when another one opens or closes.
 _left: set[int] = set()
@@ -47,7 +57,15 @@ class Link:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             ours.setblocking(False)
-            argv = [sys.executable, "-I", "-S", jailer.__file__, str(theirs.fileno())]
+            argv = [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                LAUNCH,
+                str(Path(__file__).parent),
+                str(theirs.fileno()),
+            ]
             try:
                 process = VmmProcess.spawn(argv, cwd=Path("/"), pass_fds=[theirs.fileno()])
             except BaseException:
@@ -178,10 +196,10 @@ def _settings(root: Path | None, cgroups: Cgroups) -> dict[str, Any]:
 async def send(sock: socket.socket, message: Mapping[str, Any], fds: Sequence[int]) -> None:
     """One message and its descriptors. Raises BadRequest when it is too long, OSError when nobody is there."""
     data = json.dumps({**message, "fds": len(fds)}).encode()
-    if len(data) > jailer.MESSAGE_LIMIT or len(fds) > jailer.FD_LIMIT:
+    if len(data) > kernel.MESSAGE_LIMIT or len(fds) > kernel.FD_LIMIT:
         raise BadRequest(
             f"a command line of {len(data)} bytes with {len(fds)} descriptors: at most "
-            f"{jailer.MESSAGE_LIMIT} and {jailer.FD_LIMIT}"
+            f"{kernel.MESSAGE_LIMIT} and {kernel.FD_LIMIT}"
         )
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
@@ -200,7 +218,7 @@ async def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]
     loop = asyncio.get_running_loop()
     while True:
         try:
-            return jailer.receive(sock)
+            return kernel.receive(sock)
         except BlockingIOError:
             ready: asyncio.Future[None] = loop.create_future()
             loop.add_reader(sock, _wake, ready)
@@ -208,7 +226,7 @@ async def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]
                 await ready
             finally:
                 loop.remove_reader(sock)
-        except (jailer.Refused, ValueError) as error:
+        except (kernel.Refused, ValueError) as error:
             raise VmmProtocolError(f"a message that cannot be read: {error}") from error
         except ConnectionResetError:
             return None, []

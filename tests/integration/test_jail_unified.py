@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vmm_core import jailer, seccomp
+from vmm_core import cell, jailer, kernel, seccomp
 from vmm_core.cgroup import Cgroups, Hierarchy, Limits
 from vmm_core.engine import Engine
+from vmm_core.jailer_link import LAUNCH
 from vmm_core.machine import Snapshot
 
 pytestmark = [
@@ -35,7 +36,8 @@ for place in ("/sys/fs/cgroup", "/sys/fs/cgroup/microvm"):
 for place in ("dev", "proc"):
     os.makedirs("/root/vmm/" + place, exist_ok=True)
 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-subprocess.Popen([sys.executable, "-I", "-S", "/root/jailer.py", str(theirs.fileno())], pass_fds=[theirs.fileno()])
+launch = [sys.executable, "-I", "-S", "-c", order["launch"], "/root/code", str(theirs.fileno())]
+subprocess.Popen(launch, pass_fds=[theirs.fileno()])
 theirs.close()
 
 def hear(sock):
@@ -84,6 +86,7 @@ async def test_limits_hold_under_version_2(engine: Engine, minimal: Snapshot, tm
     plan[0]["set"] = [*plan[0]["set"], ("memory.swap.max", "0")]  # type: ignore[misc]
     address = 0x10_0000_0000 + secrets.randbelow(1 << 30) * 4096
     order = {
+        "launch": LAUNCH,
         "settings": {
             "root": "/root/vmm",
             "cgroups": ["/sys/fs/cgroup"],
@@ -100,7 +103,9 @@ async def test_limits_hold_under_version_2(engine: Engine, minimal: Snapshot, tm
         },
     }
     async with engine.fork(minimal) as vm:
-        await vm.put("/root/jailer.py", Path(jailer.__file__).read_bytes(), user="root")
+        for module in (kernel, cell, jailer):
+            code = Path(module.__file__)
+            await vm.put(f"/root/code/{code.name}", code.read_bytes(), user="root")
         await vm.put("/root/vmm/taken_over", program.read_bytes(), mode=0o755, user="root")
         await vm.put("/root/order.json", json.dumps(order).encode(), user="root")
         await vm.put("/root/guest.py", GUEST.encode(), user="root")
