@@ -47,10 +47,10 @@ async def test_the_agent_comes_first_and_its_commands_have_bounds(vm: RunningVm)
 
 
 async def test_a_command_may_have_many_processes(vm: RunningVm) -> None:
-    script = "i=0; while [ $i -lt 300 ]; do sleep 60 & i=$((i+1)); done; echo $(ls /proc | grep -c '^[0-9]')"
+    script = "i=0; while [ $i -lt 100 ]; do sleep 60 & i=$((i+1)); done; echo $(ls /proc | grep -c '^[0-9]')"
     process = await vm.start(["/bin/sh", "-c", script], exec_id="many")
     async for piece in process.output():
-        assert int(piece.data) > 300
+        assert int(piece.data) > 100
         break
     await process.kill()
 
@@ -61,8 +61,9 @@ async def test_a_fork_bomb_leaves_the_agent_able_to_start_and_to_kill(
 ) -> None:
     await word(vm, "true")
     process = await vm.start(["/bin/sh", "-c", bomb], exec_id="bomb", user=user)
-    await asyncio.sleep(4)
-    assert int(await word(vm, f"cat {GROUPS}/pids.current")) > 30, "it goes on"
+    async with asyncio.timeout(60):  # commands start while it grows
+        while int(await word(vm, f"cat {GROUPS}/pids.current", timeout=60)) < 40:
+            await asyncio.sleep(0.5)
     again = await vm.attach("bomb")
     await again.kill()
     assert (await again.wait(timeout=20)).signal == 9
