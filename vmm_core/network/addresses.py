@@ -28,6 +28,12 @@ GATEWAY = "10.0.2.2"
 GATEWAY_MAC = "52:55:0a:00:02:02"
 RESOLVER = "10.0.2.3"
 
+NETWORK6 = ipaddress.IPv6Network("fd6d:7600:1::/48")
+"""Every slot's /64, for machines that asked for IPv6."""
+GUEST_NETWORK6 = ipaddress.IPv6Network("fd6d:7600:0:2::/64")
+GUEST_ADDRESS6 = "fd6d:7600:0:2:5054:ff:fe12:3456"
+"""What a guest makes of the network (announced to it by the slot) and its MAC; constant as well."""
+
 _LOWEST = int(NETWORK.network_address)
 _STEP = 1 << (32 - PREFIX_LENGTH)
 
@@ -35,7 +41,8 @@ _STEP = 1 << (32 - PREFIX_LENGTH)
 class Slot(msgspec.Struct, frozen=True):
     """One network place. ``name`` is both its namespace (under /run/netns) and the host's end of its veth pair.
 
-    ``address`` is what the host takes the guest for; ``host_address`` is the other end of the /30.
+    ``address`` is what the host takes the guest for; ``host_address`` is the other end of the /30. Those with a
+    6 are the same for IPv6, which is there only when asked for.
     """
 
     number: int
@@ -45,6 +52,8 @@ class Slot(msgspec.Struct, frozen=True):
     address: str
     host_mac: str
     mac: str
+    host_address6: str
+    address6: str
 
     @property
     def netns(self) -> str:
@@ -60,6 +69,7 @@ def slot(number: int) -> Slot:
     if not 0 <= number < SLOTS:
         raise BadRequest(f"slot {number}: a host has slots 0 to {SLOTS - 1}")
     base = _LOWEST + number * _STEP
+    base6 = int(NETWORK6.network_address) + (number << 64)
     tail = f"{number >> 8:02x}:{number & 255:02x}"
     return Slot(
         number=number,
@@ -69,11 +79,16 @@ def slot(number: int) -> Slot:
         address=str(ipaddress.IPv4Address(base + 2)),
         host_mac=f"02:6d:76:00:{tail}",
         mac=f"02:6d:76:01:{tail}",
+        host_address6=str(ipaddress.IPv6Address(base6 + 1)),
+        address6=str(ipaddress.IPv6Address(base6 + 2)),
     )
 
 
 def number_of_address(address: str) -> int | None:
-    """The slot an address of a /30 belongs to; None outside the slots' range."""
+    """The slot an address of a /30 or /64 belongs to; None outside the slots' ranges."""
+    if ":" in address:
+        number = (int(ipaddress.IPv6Address(address)) - int(NETWORK6.network_address)) >> 64
+        return number if 0 <= number < SLOTS else None
     value = int(ipaddress.IPv4Address(address)) - _LOWEST
     return value // _STEP if 0 <= value < SLOTS * _STEP else None
 

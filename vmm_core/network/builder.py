@@ -74,6 +74,11 @@ class Builder:
         reply, _ = await self._call(Request("limit", [number], mbit))
         _expect(reply, number, "its bandwidth can not be limited")
 
+    async def ipv6(self, number: int) -> None:
+        """Give a slot IPv6 as well, and announce it to the guest (again, when it has it)."""
+        reply, _ = await self._call(Request("ipv6", [number]))
+        _expect(reply, number, "it can not have IPv6")
+
     async def tap(self, number: int) -> int:
         """A new descriptor of the slot's tap (it must not be open elsewhere)."""
         reply, fds = await self._call(Request("tap", [number]))

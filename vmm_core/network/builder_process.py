@@ -7,6 +7,7 @@ time: a JSON packet in, a JSON packet (and the taps' descriptors) out.
     build N…     namespace, veth pair, tap, addresses, routes, neighbours → one descriptor a slot
     remove N…    all of it again, with what the kernel remembers of its connections
     limit N      bandwidth of both directions, in Mbit/s (0: none)
+    ipv6 N       IPv6 as well, announced to the guest
     tap N        a new descriptor of the tap
 
 pyroute2 makes the messages; they go out many to a system call.
@@ -26,7 +27,7 @@ from typing import Final
 
 import msgspec
 
-from vmm_core.network import netlink
+from vmm_core.network import ipv6, netlink
 from vmm_core.network.addresses import (
     GATEWAY,
     GATEWAY_MAC,
@@ -37,11 +38,9 @@ from vmm_core.network.addresses import (
     slot,
 )
 from vmm_core.network.builder import MAX_MESSAGE, Reply, Request
-from vmm_core.network.netlink import UP_INDEX, Netlink, Template
+from vmm_core.network.netlink import TAP_INDEX, UP_INDEX, Netlink, Template
 
 NETNS_DIR = Path("/run/netns")
-_TAP_INDEX = 11
-"""Interface numbers are the same inside every namespace, and so are most messages."""
 
 _CLONE_NEWNET = 0x40000000
 _MS_BIND, _MS_SHARED, _MS_REC, _MNT_DETACH = 4096, 1 << 20, 16384, 2
@@ -121,10 +120,10 @@ class Builder:
         self._routes = Netlink(netlink.ROUTE)
         self._connections = Netlink(netlink.NETFILTER)
         constant = [
-            netlink.up(_TAP_INDEX, ("IFLA_ADDRESS", GATEWAY_MAC)),
-            netlink.address(_TAP_INDEX, GATEWAY, 32),
-            netlink.route(_TAP_INDEX, GUEST_ADDRESS, None),
-            netlink.neighbour(_TAP_INDEX, GUEST_ADDRESS, GUEST_MAC),
+            netlink.up(TAP_INDEX, ("IFLA_ADDRESS", GATEWAY_MAC)),
+            netlink.address(TAP_INDEX, GATEWAY, 32),
+            netlink.route(TAP_INDEX, GUEST_ADDRESS, None),
+            netlink.neighbour(TAP_INDEX, GUEST_ADDRESS, GUEST_MAC),
             netlink.up(UP_INDEX),
         ]
         self._inside_messages = Template(
@@ -165,7 +164,7 @@ class Builder:
             _check(_libc.unshare(_CLONE_NEWNET), "unshare")
             _check(_libc.mount(b"/proc/self/ns/net", str(path).encode(), b"none", _MS_BIND, None), "bind")
             self._apply(_INSIDE_SETTINGS, "")
-            tap = _tap(_TAP_INDEX)
+            tap = _tap(TAP_INDEX)
             self._apply(_TAP_SETTINGS, "")
             with Netlink(netlink.ROUTE) as inside:
                 inside.send(self._inside_messages.of(place))
@@ -204,17 +203,24 @@ class Builder:
                 # Gone meanwhile: the kernel deletes what was in a namespace that nobody has any more.
                 if error.errno != errno.ENODEV:
                     raise
-        self._connections.send(*(netlink.forget_connections(place.address) for place in places))
+        addresses = [address for place in places for address in (place.address, place.address6)]
+        self._connections.send(*(netlink.forget_connections(address) for address in addresses))
 
     def limit(self, place: Slot, mbit: int) -> None:
         with self._inside(place) as inside:
-            for index in (UP_INDEX, _TAP_INDEX):
+            for index in (UP_INDEX, TAP_INDEX):
                 if mbit:
                     inside.send(netlink.bandwidth(index, mbit))
                 else:
                     # ENOENT where there is no limit to lift.
                     with contextlib.suppress(FileNotFoundError):
                         inside.send(netlink.no_bandwidth(index))
+
+    def ipv6(self, place: Slot) -> None:
+        """Lay IPv6 beside IPv4 and announce it to the guest; may be done again."""
+        with self._inside(place) as inside:
+            ipv6.lay_inside(inside, place)
+        ipv6.lay_on_host(self._routes, place, socket.if_nametoindex(place.veth))
 
     def tap(self, place: Slot) -> int:
         with self._inside(place):
@@ -245,6 +251,8 @@ def _serve(builder: Builder, request: Request) -> tuple[Reply, list[int]]:
                 fds.append(builder.build(place))
             elif request.do == "tap":
                 fds.append(builder.tap(place))
+            elif request.do == "ipv6":
+                builder.ipv6(place)
             else:
                 builder.limit(place, request.mbit)
         except OSError as error:

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from vmm_core.errors import BadRequest
 from vmm_core.machine import EgressRule, Network
 from vmm_core.network.addresses import GUEST_NETWORK, NETWORK, RESOLVER, Slot
-from vmm_core.network.firewall import FORBIDDEN, Element
+from vmm_core.network.firewall import Element
+from vmm_core.network.rules import FORBIDDEN, FORBIDDEN6
 
 MAX_NAMES = 100
 MAX_RULES = 256
@@ -24,7 +25,15 @@ _WIDEST = 8
 _LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
 _FORBIDDEN = tuple(ipaddress.IPv4Network(network) for network in FORBIDDEN)
 
+_WIDEST6 = 16
+_OPEN_TO6 = (ipaddress.IPv6Network("2000::/3"), ipaddress.IPv6Network("fc00::/7"))
+# Besides what the firewall forbids: the slots' own, and the metadata service of AWS.
+_CLOSED6 = tuple(
+    ipaddress.IPv6Network(network) for network in (*FORBIDDEN6, "fd6d:7600::/32", "fd00:ec2::254/128")
+)
+
 Endpoint = tuple[str, int]
+_Range = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def check_rules(rules: Sequence[EgressRule]) -> None:
@@ -48,7 +57,7 @@ def check_network(network: Network, own_addresses: Collection[str] = ()) -> None
     _check_size(network.allow)
     for rule in network.allow:
         if _LIKE_ADDRESS.fullmatch(rule.host):
-            _check_range(rule, own_addresses)
+            _check_range(rule, own_addresses, ipv6=network.ipv6)
         else:
             _check_name(rule)
             host, _ = destination(rule)
@@ -119,8 +128,12 @@ def elements(
             continue
         found |= _forward(slot, (hosts[rule.host.lower()], rule.port), (target, port))
     found |= _ranges(slot, network.allow)
+    if network.ipv6:
+        found.add(Element("source6", (slot.veth,), (slot.address6,)))
     if network.mode == "internet":
         found.add(Element("internet", (slot.address,)))
+        if network.ipv6:
+            found.add(Element("internet6", (slot.address6,)))
         if resolvers:
             found |= _forward(slot, (RESOLVER, 53), (resolvers[0], 53))
     return frozenset(found)
@@ -143,19 +156,25 @@ def _forward(slot: Slot, virtual: Endpoint, target: Endpoint) -> set[Element]:
 
 def _ranges(slot: Slot, rules: Sequence[EgressRule]) -> set[Element]:
     """Addresses and networks, merged for each port: the elements of a set of intervals may not overlap."""
-    by_port: dict[int, list[ipaddress.IPv4Network]] = {}
+    by_port: dict[int, list[_Range]] = {}
     for rule in rules:
         if _LIKE_ADDRESS.fullmatch(rule.host):
-            by_port.setdefault(rule.port, []).append(ipaddress.IPv4Network(rule.host))
+            by_port.setdefault(rule.port, []).append(ipaddress.ip_network(rule.host))
     found = set[Element]()
     for port, networks in by_port.items():
-        for network in ipaddress.collapse_addresses(networks):
-            written = str(network).removesuffix("/32")
-            if port == 0:
-                found.add(Element("allowed_whole", (slot.address, written)))
-            else:
-                found |= {Element("allowed", (slot.address, written, kind, port)) for kind in ("tcp", "udp")}
+        four = [network for network in networks if isinstance(network, ipaddress.IPv4Network)]
+        six = [network for network in networks if isinstance(network, ipaddress.IPv6Network)]
+        for network in ipaddress.collapse_addresses(four):
+            found |= _range("", slot.address, str(network).removesuffix("/32"), port)
+        for network in ipaddress.collapse_addresses(six):
+            found |= _range("6", slot.address6, str(network).removesuffix("/128"), port)
     return found
+
+
+def _range(suffix: str, source: str, network: str, port: int) -> set[Element]:
+    if port == 0:
+        return {Element(f"allowed_whole{suffix}", (source, network))}
+    return {Element(f"allowed{suffix}", (source, network, kind, port)) for kind in ("tcp", "udp")}
 
 
 def _check_size(rules: Sequence[EgressRule]) -> None:
@@ -171,7 +190,7 @@ def _check_name(rule: EgressRule) -> None:
     destination(rule)
 
 
-def _check_range(rule: EgressRule, own_addresses: Collection[str]) -> None:
+def _check_range(rule: EgressRule, own_addresses: Collection[str], *, ipv6: bool) -> None:
     shown = f"egress {_shown(rule)}"
     if not 0 <= rule.port < 65536:
         raise BadRequest(f"{shown}: a port is 1 to 65535, or 0 for every port")
@@ -184,7 +203,14 @@ def _check_range(rule: EgressRule, own_addresses: Collection[str]) -> None:
             f"{shown}: {error}; write an address, or a network such as 192.168.7.0/24"
         ) from error
     if isinstance(network, ipaddress.IPv6Network):
-        raise BadRequest(f"{shown}: lists hold IPv4 addresses; IPv6 goes by name")
+        _check_range6(shown, network, ipv6=ipv6)
+    else:
+        _check_range4(shown, network)
+    if network.num_addresses == 1 and str(network.network_address) in own_addresses:
+        raise BadRequest(f"{shown}: that is this host, which no machine may reach; give a name and a via")
+
+
+def _check_range4(shown: str, network: ipaddress.IPv4Network) -> None:
     if network.prefixlen < _WIDEST:
         raise BadRequest(f"{shown}: opens nearly everything; the mode for that is internet")
     for forbidden in _FORBIDDEN:
@@ -196,8 +222,19 @@ def _check_range(rule: EgressRule, own_addresses: Collection[str]) -> None:
             )
     if network.subnet_of(GUEST_NETWORK):
         raise BadRequest(f"{shown}: {GUEST_NETWORK} is the machine's own network")
-    if network.prefixlen == 32 and str(network.network_address) in own_addresses:
-        raise BadRequest(f"{shown}: that is this host, which no machine may reach; give a name and a via")
+
+
+def _check_range6(shown: str, network: ipaddress.IPv6Network, *, ipv6: bool) -> None:
+    if not ipv6:
+        raise BadRequest(f"{shown}: an IPv6 address needs a network that asks for IPv6")
+    if network.prefixlen < _WIDEST6:
+        raise BadRequest(f"{shown}: opens nearly everything; the mode for that is internet")
+    if not any(network.subnet_of(open_to) for open_to in _OPEN_TO6) or any(
+        network.overlaps(closed) for closed in _CLOSED6
+    ):
+        raise BadRequest(
+            f"{shown}: only public (2000::/3) and private (fc00::/7) IPv6 networks can be listed"
+        )
 
 
 def _address(text: str) -> ipaddress.IPv4Address | None:

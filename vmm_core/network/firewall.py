@@ -1,67 +1,35 @@
-"""The host's one nftables table: a fixed number of rules, sets and maps that say what each slot may do.
+"""Changes of the firewall's table (rules.py): elements come and go, each change in one transaction.
 
-    guest → namespace → mv-N ┐
-      prerouting raw           a source that is not 10.0.2.15 ends here; the rest becomes its slot's address,
-                               before connections are tracked, by a map of interface names
-      prerouting nat           virtual addresses (listed names, the resolver) → where they really are
-      forward / input          by the slot's address: what is allowed, how many connections, how fast;
-                               nothing else reaches a network, the host, or another slot
-      postrouting nat          leaves with the host's address
-    mv-N ← … answers
-      postrouting, last        the slot's address becomes 10.0.2.15 again
-
-Changes are elements only. Each is one transaction of ``nft -j -f -``; concurrent ones share a call. The table
-itself is written in nft's own language, because the JSON of nft 1.0 does not know sets that rules add to.
+All go through ``nft -j -f -`` (the table itself, written in nft's own language, through ``nft -f -``), with a
+deadline. Concurrent changes share a call; when one of them is at fault, it fails alone.
 """
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, cast
 
 import msgspec
 
 from vmm_core.errors import SlotsUnavailable
-from vmm_core.network.addresses import (
-    GUEST_ADDRESS,
-    GUEST_NETWORK,
-    NETWORK,
-    number_of_address,
-    number_of_name,
-)
+from vmm_core.network.addresses import Slot, number_of_address, number_of_name
+from vmm_core.network.rules import TABLE, ruleset
 
-TABLE: Final = "microvm"
-FORBIDDEN: Final = (
-    "0.0.0.0/8",
-    "127.0.0.0/8",
-    "169.254.0.0/16",
-    "224.0.0.0/3",
-    str(NETWORK),
-    # Metadata services of clouds outside the link-local range: Azure, Alibaba, Oracle.
-    "168.63.129.16/32",
-    "100.100.100.200/32",
-    "192.0.0.192/32",
-)
-"""Destinations no list opens. Forwarded names have been checked before they became elements."""
-PRIVATE: Final = (
-    "10.0.0.0/8",
-    "100.64.0.0/10",
-    "172.16.0.0/12",
-    "192.0.0.0/24",
-    "192.168.0.0/16",
-    "198.18.0.0/15",
-)
-"""Destinations that are no public internet; reached only when listed."""
-NEW_PER_SECOND: Final = 250
-"""New connections of one slot. Also bounds what it can make the host look for on a network it is joined to:
-an address that does not answer stays in the host's neighbour table (1,024 entries) for three seconds."""
-RESETS_PER_SECOND: Final = 20
 _SECONDS = 20.0
-_OUTPUT_BYTES = 64 << 20
 _IN_ONE_CALL = 64
 
-_PER_SLOT: Final = ("source", "forwards", "allowed", "allowed_whole", "internet")
+_RATES: Final = ("connections", "openings", "resets")
+_PER_SLOT: Final = (
+    "source",
+    "forwards",
+    "allowed",
+    "allowed_whole",
+    "internet",
+    "source6",
+    "allowed6",
+    "allowed_whole6",
+    "internet6",
+)
 """The sets and maps whose first key names a slot."""
 
 Part = str | int
@@ -76,97 +44,6 @@ class Element(msgspec.Struct, frozen=True):
     value: tuple[Part, ...] = ()
 
 
-def ruleset(connections: int, routed: Iterable[str] = ()) -> str:
-    """The whole table. Loading it again replaces the rules and keeps the slots' elements.
-
-    ``connections`` is how many tracked connections one slot may have, ``routed`` the interfaces that forward
-    only because of the slots, and hence only to slots.
-    """
-    slots, guests, guest = NETWORK, GUEST_NETWORK, GUEST_ADDRESS
-    new, resets = NEW_PER_SECOND, RESETS_PER_SECOND
-    per_slot = "type ipv4_addr; size 65536; flags dynamic"
-    return f"""
-add table inet {TABLE}
-flush table inet {TABLE}
-table inet {TABLE} {{
-  map source {{ type ifname : ipv4_addr; }}
-  map forwards {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service; }}
-  set allowed {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; }}
-  set allowed_whole {{ type ipv4_addr . ipv4_addr; flags interval; }}
-  set internet {{ type ipv4_addr; }}
-  set routed {{ type ifname; }}
-  set forbidden {{ type ipv4_addr; flags interval; elements = {{ {", ".join(FORBIDDEN)} }} }}
-  set private {{ type ipv4_addr; flags interval; elements = {{ {", ".join(PRIVATE)} }} }}
-  set connections {{ {per_slot}; }}
-  set openings {{ {per_slot},timeout; timeout 10s; }}
-  set resets {{ {per_slot},timeout; timeout 10s; }}
-
-  chain truth {{
-    ip saddr != {guest} counter drop comment "spoofed"
-    ip daddr 127.0.0.0/8 counter drop comment "loopback"
-    ip saddr set iifname map @source accept
-    counter drop comment "not open, or not IPv4"
-  }}
-  chain arriving {{
-    type filter hook prerouting priority raw; policy accept;
-    iifname "mv-*" goto truth
-  }}
-  chain forwarding {{
-    type nat hook prerouting priority dstnat; policy accept;
-    iifname "mv-*" dnat ip to ip saddr . ip daddr . meta l4proto . th dport map @forwards
-  }}
-  chain admit {{
-    update @openings {{ ip saddr limit rate over {new}/second burst {2 * new} packets }} counter drop
-    add @connections {{ ip saddr ct count over {connections} }} counter drop
-    accept
-  }}
-  chain refuse {{
-    meta l4proto != tcp counter drop
-    update @resets {{ ip saddr limit rate {resets}/second burst {2 * resets} packets }} reject with tcp reset
-    counter drop
-  }}
-  chain from_slot {{
-    oifname "mv-*" goto refuse
-    tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
-    ct state established,related accept
-    ct state != new counter drop
-    ct status dnat ct original ip daddr {guests} goto admit
-    ip daddr @forbidden goto refuse
-    ip saddr . ip daddr . meta l4proto . th dport @allowed goto admit
-    ip saddr . ip daddr @allowed_whole meta l4proto {{ tcp, udp, icmp }} goto admit
-    ip daddr @private goto refuse
-    ip saddr @internet meta l4proto {{ tcp, udp, icmp }} goto admit
-    goto refuse
-  }}
-  chain through {{
-    type filter hook forward priority filter; policy accept;
-    iifname "mv-*" goto from_slot
-    oifname "mv-*" ct state established,related accept
-    oifname "mv-*" counter drop
-    iifname @routed counter drop
-  }}
-  chain to_host {{
-    ct status dnat ct original ip daddr {guests} ct state established accept
-    ct status dnat ct original ip daddr {guests} ct state new goto admit
-    goto refuse
-  }}
-  chain inward {{
-    type filter hook input priority filter; policy accept;
-    iifname "mv-*" goto to_host
-  }}
-  chain masked {{
-    type nat hook postrouting priority srcnat; policy accept;
-    ip saddr {slots} oifname != "mv-*" masquerade
-  }}
-  chain leaving {{
-    type filter hook postrouting priority 500; policy accept;
-    oifname "mv-*" ip daddr {slots} ip daddr set {guest}
-  }}
-}}
-flush set inet {TABLE} routed
-{"".join(f'add element inet {TABLE} routed {{ "{device}" }}' + chr(10) for device in sorted(routed))}"""  # noqa: S608
-
-
 class Firewall:
     """Changes the table. Callers that come while a call runs share the next one."""
 
@@ -175,9 +52,9 @@ class Firewall:
         self._waiting: list[tuple[list[object], asyncio.Future[None]]] = []
         self._worker: asyncio.Task[None] | None = None
 
-    async def load(self, connections: int, routed: Iterable[str] = ()) -> None:
+    async def load(self, connections: int, routed: Iterable[str] = (), routed6: Iterable[str] = ()) -> None:
         """Make the table, or replace its rules; its elements stay."""
-        await self._call("-f", "-", text=ruleset(connections, routed))
+        await self._call("-f", "-", text=ruleset(connections, routed, routed6))
 
     async def exists(self) -> bool:
         tables = await self._listing("tables")
@@ -199,11 +76,12 @@ class Firewall:
             self._worker = asyncio.create_task(self._work())
         await done
 
-    async def forget_rates(self, addresses: Sequence[str]) -> None:
+    async def forget_rates(self, places: Sequence[Slot]) -> None:
         """Remove what the rules counted for these slots; an element that is not there is added before."""
         commands: list[object] = []
-        for name in ("connections", "openings", "resets"):
-            elements = [Element(name, (address,)) for address in addresses]
+        for name in _RATES:
+            elements = [Element(name, (place.address,)) for place in places]
+            elements += [Element(f"{name}6", (place.address6,)) for place in places]
             commands += _commands("add", elements) + _commands("delete", elements)
         await self._commands(commands)
 
@@ -268,8 +146,10 @@ class Firewall:
             async with asyncio.timeout(_SECONDS):
                 output, errors = await process.communicate(text.encode())
         except BaseException as error:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, TimeoutError):
                 process.kill()
+                async with asyncio.timeout(1.0):
+                    await process.wait()
             if isinstance(error, TimeoutError):
                 raise SlotsUnavailable(
                     f"nft {' '.join(arguments)} did not end within {_SECONDS:.0f} s"
@@ -279,18 +159,6 @@ class Firewall:
             said = errors.decode("utf-8", "replace").strip()[:500]
             raise SlotsUnavailable(f"nft {' '.join(arguments)} ended with {process.returncode}: {said}")
         return output
-
-
-def usual_connections() -> int:
-    """Tracked connections a slot may have: a 32nd of what the host can track, 256 to 2048."""
-    try:
-        fd = os.open("/proc/sys/net/netfilter/nf_conntrack_max", os.O_RDONLY)
-    except OSError:
-        return 1024
-    try:
-        return min(max(int(os.read(fd, 32)) // 32, 256), 2048)
-    finally:
-        os.close(fd)
 
 
 def _commands(verb: str, elements: Iterable[Element]) -> list[object]:
@@ -338,7 +206,7 @@ def _part(value: Any) -> Part:
 
 def _number(element: Element) -> int | None:
     first = str(element.key[0])
-    return number_of_name(first) if element.set == "source" else number_of_address(first)
+    return number_of_name(first) if element.set.startswith("source") else number_of_address(first)
 
 
 def _succeed(done: asyncio.Future[None]) -> None:

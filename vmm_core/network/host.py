@@ -22,6 +22,7 @@ from vmm_core.network.firewall import Firewall
 
 NETNS_DIR = Path("/run/netns")
 _IPV4 = Path("/proc/sys/net/ipv4")
+_IPV6 = Path("/proc/sys/net/ipv6")
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 _MAX_RESOLVERS = 3
 
@@ -84,7 +85,7 @@ def resolvers() -> list[str]:
 
 
 def own_addresses() -> frozenset[str]:
-    """The host's own IPv4 addresses, those of slots aside."""
+    """The host's own addresses, those of slots aside."""
     found = set[str]()
     last = ""
     for line in Path("/proc/net/fib_trie").read_text().splitlines():
@@ -92,6 +93,10 @@ def own_addresses() -> frozenset[str]:
             last = line.rpartition(" ")[2]
         elif "/32 host LOCAL" in line and ipaddress.IPv4Address(last) not in NETWORK:
             found.add(last)
+    for line in Path("/proc/net/if_inet6").read_text().splitlines() if _IPV6.is_dir() else ():
+        digits, *_, device = line.split()
+        if number_of_name(device) is None:
+            found.add(str(ipaddress.IPv6Address(int(digits, 16))))
     return frozenset(found)
 
 
@@ -143,10 +148,12 @@ def _inhabited(numbers: list[int]) -> set[int]:
 
 
 class Forwarding:
-    """Switches forwarding on for interfaces that lead somewhere; remembers which were off."""
+    """Switches forwarding of one family on for interfaces that lead somewhere; remembers which were off."""
 
-    def __init__(self, run_dir: Path = RUN_DIR) -> None:
-        self._file = run_dir / "forwarding.json"
+    def __init__(self, run_dir: Path = RUN_DIR, *, ipv6: bool = False) -> None:
+        self._ipv6 = ipv6
+        self._file = run_dir / f"forwarding{'6' if ipv6 else ''}.json"
+        self._whole = _IPV6 / "conf/all/forwarding" if ipv6 else _IPV4 / "ip_forward"
 
     def changed(self) -> set[str]:
         """Interfaces that forward only because of us."""
@@ -159,14 +166,20 @@ class Forwarding:
         """Switch on what is off, and answer what forwards only because of us.
 
         A host that forwards as a whole (it was made a router by its operator, or since then by another program)
-        is left as it is, and nothing is ours any more.
+        is left as it is, and nothing is ours any more. Raises SlotsUnavailable where IPv6 can only be forwarded
+        by the host as a whole: that would change how the host gets its own addresses.
         """
-        if (_IPV4 / "ip_forward").read_text().strip() == "1":
+        if self._whole.read_text().strip() == "1":
             self._file.unlink(missing_ok=True)
             return set()
+        if self._ipv6 and not self._setting("all").exists():
+            raise SlotsUnavailable(
+                "a machine asks for IPv6, which this kernel (before 6.17) forwards for all interfaces or none; set "
+                "net.ipv6.conf.all.forwarding=1, and accept_ra=2 where the host takes addresses from a router"
+            )
         changed = self.changed()
-        for device in _leading(Path("/proc/net/route").read_text()):
-            setting = _IPV4 / "conf" / device / "forwarding"
+        for device in _leading6() if self._ipv6 else _leading():
+            setting = self._setting(device)
             # An interface of that name may have gone and come back since it was changed.
             if setting.read_text().strip() == "0":
                 changed.add(device)
@@ -177,16 +190,30 @@ class Forwarding:
 
     def back(self) -> None:
         """Set back what ``on`` changed, unless the host forwards as a whole by now."""
-        if (_IPV4 / "ip_forward").read_text().strip() != "1":
-            for device in self.changed():
-                setting = _IPV4 / "conf" / device / "forwarding"
+        changed = self.changed()
+        if changed and self._whole.read_text().strip() != "1":
+            for device in changed:
+                setting = self._setting(device)
                 if setting.exists():
                     setting.write_text("0")
         self._file.unlink(missing_ok=True)
 
+    def _setting(self, device: str) -> Path:
+        return (
+            (_IPV6 / "conf" / device / "force_forwarding")
+            if self._ipv6
+            else (_IPV4 / "conf" / device / "forwarding")
+        )
 
-def _leading(routes: str) -> set[str]:
-    devices = {line.split()[0] for line in routes.splitlines()[1:]}
+
+def _leading() -> set[str]:
+    devices = {line.split()[0] for line in Path("/proc/net/route").read_text().splitlines()[1:]}
+    return {device for device in devices if device != "lo" and number_of_name(device) is None}
+
+
+def _leading6() -> set[str]:
+    routes = [line.split() for line in Path("/proc/net/ipv6_route").read_text().splitlines()]
+    devices = {words[-1] for words in routes if not words[0].startswith(("fe8", "ff"))}
     return {device for device in devices if device != "lo" and number_of_name(device) is None}
 
 

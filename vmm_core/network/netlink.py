@@ -20,8 +20,8 @@ from pyroute2.netlink.rtnl.tcmsg import sched_tbf, tcmsg
 from vmm_core.network.addresses import Slot
 
 ROUTE, NETFILTER = socket.NETLINK_ROUTE, 12
-UP_INDEX = 10
-"""The number of the interface ``up`` (a veth's end) inside every namespace."""
+UP_INDEX, TAP_INDEX = 10, 11
+"""The numbers of ``up`` (a veth's end) and ``tap`` inside every namespace: most messages are the same for all."""
 
 _RECEIVE_BYTES = 1 << 16
 _SECONDS = 5.0
@@ -31,6 +31,7 @@ _NEWLINK, _DELLINK, _NEWADDR, _NEWROUTE, _NEWNEIGH, _NEWQDISC, _DELQDISC = 16, 1
 _CT_DELETE = (1 << 8) | 2
 _NLMSG_ERROR = 2
 _PERMANENT = 0x80
+_NO_DUPLICATES = 0x02
 _ROOT_QDISC = 0xFFFFFFFF
 _DOOMED_GROUP = 0x6D76
 # pyroute2's conntrack messages and queueing parameters carry no types.
@@ -86,7 +87,15 @@ class Template:
 
 # Values that occur nowhere else in a message, nor in each other. An interface's name may be followed by zeros.
 _SAMPLE = Slot(
-    0, "mv-sample-slot-", 0, "254.253.252.251", "254.253.252.250", "fa:11:f9:22:f8:33", "fa:11:f9:22:f8:44"
+    0,
+    "mv-sample-slot-",
+    0,
+    host_address="254.253.252.251",
+    address="254.253.252.250",
+    host_mac="fa:11:f9:22:f8:33",
+    mac="fa:11:f9:22:f8:44",
+    host_address6="",
+    address6="",
 )
 _SAMPLE_INDEX = 0x7EFDFCFB
 
@@ -123,37 +132,63 @@ def _message(
 
 
 def address(index: int, address: str, length: int) -> bytes:
+    """An address of an interface. IPv6: at once, without a probe for duplicates, and for good measure again."""
     attributes = [("IFA_LOCAL", address), ("IFA_ADDRESS", address)]
+    six = ":" in address
     return _message(
-        ifaddrmsg, _NEWADDR, _CREATE_EXCL, attributes, family=2, index=index, prefixlen=length, scope=0
+        ifaddrmsg,
+        _NEWADDR,
+        _CREATE_REPLACE if six else _CREATE_EXCL,
+        attributes,
+        family=_family(address),
+        index=index,
+        prefixlen=length,
+        scope=0,
+        flags=_NO_DUPLICATES if six else 0,
     )
 
 
 def neighbour(index: int, address: str, mac: str) -> bytes:
+    """Who has an address, for good: no protocol asks or changes it."""
     attributes = [("NDA_DST", address), ("NDA_LLADDR", mac)]
+    family = _family(address)
     return _message(
-        ndmsg, _NEWNEIGH, _CREATE_REPLACE, attributes, family=2, ifindex=index, state=_PERMANENT, ndm_type=1
+        ndmsg,
+        _NEWNEIGH,
+        _CREATE_REPLACE,
+        attributes,
+        family=family,
+        ifindex=index,
+        state=_PERMANENT,
+        ndm_type=1,
     )
 
 
 def route(index: int, destination: str | None, gateway: str | None) -> bytes:
+    """A route to one address, or (``destination`` None) to everything by ``gateway``."""
     attributes: list[Any] = [("RTA_OIF", index)]
     if destination:
         attributes.append(("RTA_DST", destination))
     if gateway:
         attributes.append(("RTA_GATEWAY", gateway))
+    family = _family(destination or gateway or "")
+    six = family == socket.AF_INET6
     return _message(
         rtmsg,
         _NEWROUTE,
-        _CREATE_EXCL,
+        _CREATE_REPLACE if six else _CREATE_EXCL,
         attributes,
-        family=2,
-        dst_len=32 if destination else 0,
+        family=family,
+        dst_len=(128 if six else 32) if destination else 0,
         table=254,
         proto=4,
         scope=0 if gateway else 253,
         type=1,
     )
+
+
+def _family(address: str) -> int:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def up(index: int, *attributes: tuple[str, object]) -> bytes:
@@ -172,13 +207,14 @@ def veth(place: Slot, host_ns: int) -> bytes:
 
 
 def forget_connections(address: str) -> bytes:
-    origin = _conntrack.NFCTAttrTuple(saddr=address)
+    """Every connection that ``address`` began. Source: kernel, ctnetlink_flush_conntrack (5.8)."""
+    origin = _conntrack.NFCTAttrTuple(family=_family(address), saddr=address)
     origin.attrs()  # fills in ``flags``
     message = _conntrack.nfct_msg.create_from(
         tuple_orig=origin, cta_filter={"attrs": [["CTA_FILTER_ORIG_FLAGS", origin.flags]]}
     )
     message["header"] = {"type": _CT_DELETE, "flags": _REQUEST_ACK, "sequence_number": 0, "pid": 0}
-    message["nfgen_family"] = 2
+    message["nfgen_family"] = _family(address)
     message.encode()
     return bytes(message.data)
 

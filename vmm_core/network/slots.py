@@ -15,12 +15,10 @@ A slot is never used twice as it is: tearing it out leaves nothing of the last g
 import asyncio
 import contextlib
 import logging
-import os
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
-
-import msgspec
 
 from vmm_core.errors import BadRequest, HostUnfit, SlotsExhausted, SlotsUnavailable
 from vmm_core.machine import Network
@@ -30,6 +28,7 @@ from vmm_core.network.builder import Builder
 from vmm_core.network.claims import RUN_DIR, Claims
 from vmm_core.network.firewall import Element, Firewall
 from vmm_core.network.names import Lookup, Names
+from vmm_core.network.place import NetworkUsage, Orphan, Place
 from vmm_core.network.table import HostTable
 
 __all__ = ["SLOTS", "NetworkUsage", "Orphan", "Slot", "SlotPool", "slot"]
@@ -41,40 +40,8 @@ _CHUNK = 4
 _TAKE_SECONDS = 30.0
 _LOOK_SECONDS = 20.0
 _RETRY_SECONDS = 2.0
-
-
-class NetworkUsage(msgspec.Struct, frozen=True):
-    """What a machine sent and received since it got its slot."""
-
-    sent_bytes: int
-    sent_packets: int
-    received_bytes: int
-    received_packets: int
-
-
-class Orphan(msgspec.Struct, frozen=True):
-    """A slot that no living process holds and in which none lives. ``owner`` is whom its claim names, or ""."""
-
-    number: int
-    owner: str
-
-
-class _Place:
-    """What this process knows of a slot it prepared or adopted. ``lock`` orders changes of its elements."""
-
-    def __init__(self, place: Slot, tap: int = -1) -> None:
-        self.slot = place
-        self.tap = tap
-        self.lock = asyncio.Lock()
-        self.network = Network()
-        self.mbit: int | None = 0
-        self.elements: frozenset[Element] | None = frozenset()
-        """None: not known (adopted, or a change was interrupted); the kernel is asked."""
-
-    def close(self) -> None:
-        if self.tap >= 0:
-            os.close(self.tap)
-        self.tap = -1
+_ANNOUNCE_SECONDS = 3600.0
+"""A guest keeps an announced IPv6 router for 18 hours."""
 
 
 class SlotPool:
@@ -88,10 +55,10 @@ class SlotPool:
         self._table = HostTable(self._firewall, run_dir)
         self._builder = Builder()
         self._names = Names(lookup)
-        self._ready: deque[_Place] = deque()
-        self._taken: dict[int, _Place] = {}
-        self._returned: list[_Place] = []
-        self._failed: list[_Place] = []
+        self._ready: deque[Place] = deque()
+        self._taken: dict[int, Place] = {}
+        self._returned: list[Place] = []
+        self._failed: list[Place] = []
         self._own = host.own_addresses()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -174,7 +141,7 @@ class SlotPool:
         What the firewall holds for it stays in force, and follows ``network`` (None: nothing) from now on: names
         that move, a table that was flushed. ``open_to`` may change it.
         """
-        place = _Place(slot(number))
+        place = Place(slot(number))
         found = self._claims.owner(number)
         if found != owner:
             raise BadRequest(
@@ -199,6 +166,8 @@ class SlotPool:
             if place.mbit != network.mbit:
                 await self._builder.limit(given.number, network.mbit)
                 place.mbit = network.mbit
+            if network.ipv6:
+                await self._announce_ipv6(place)
             await self._apply(place, network, targets)
 
     async def tap_fd(self, given: Slot) -> int:
@@ -246,12 +215,12 @@ class SlotPool:
         taken = [number for number in empty if self._claims.take_over(number)]
         if taken:
             await self._firewall.change(remove=[each for number in taken for each in held.get(number, ())])
-            await self._scrub([_Place(slot(number)) for number in taken])
+            await self._scrub([Place(slot(number)) for number in taken])
         return set(taken)
 
     # -------------------------------------------------------------- the inside
 
-    async def _apply(self, place: _Place, network: Network, targets: Mapping[str, str]) -> None:
+    async def _apply(self, place: Place, network: Network, targets: Mapping[str, str]) -> None:
         wanted = egress.elements(
             place.slot, network, targets=targets, resolvers=self._resolvers, own=self._own
         )
@@ -260,7 +229,12 @@ class SlotPool:
         await self._replace(place, wanted)
         place.network = network
 
-    async def _replace(self, place: _Place, wanted: frozenset[Element]) -> None:
+    async def _announce_ipv6(self, place: Place) -> None:
+        await self._table.serve_ipv6()
+        await self._builder.ipv6(place.slot.number)
+        place.announced = time.monotonic()
+
+    async def _replace(self, place: Place, wanted: frozenset[Element]) -> None:
         held = place.elements
         if held is None:
             held = frozenset((await self._firewall.elements()).get(place.slot.number, ()))
@@ -317,9 +291,9 @@ class SlotPool:
             laid, failed = await self._builder.build(numbers)
         finally:
             # Kept claimed until the next look-round: the lowest free number must be another one now.
-            self._failed += [_Place(slot(number)) for number in numbers if number not in laid]
+            self._failed += [Place(slot(number)) for number in numbers if number not in laid]
         async with self._changed:
-            self._ready += [_Place(slot(number), tap) for number, tap in laid.items()]
+            self._ready += [Place(slot(number), tap) for number, tap in laid.items()]
             self._changed.notify_all()
         if failed:
             number, why = next(iter(failed.items()))
@@ -329,13 +303,13 @@ class SlotPool:
         returned, self._returned = self._returned, []
         await self._scrub(returned)
 
-    async def _scrub(self, places: list[_Place]) -> None:
+    async def _scrub(self, places: list[Place]) -> None:
         numbers = [place.slot.number for place in places]
         try:
             await self._builder.remove(numbers)
             for place in places:
                 await self._replace(place, frozenset())
-            await self._firewall.forget_rates([place.slot.address for place in places])
+            await self._firewall.forget_rates([place.slot for place in places])
         except BaseException:
             self._returned += places
             raise
@@ -364,13 +338,15 @@ class SlotPool:
         targets = await self._names.refresh(set[str]().union(*wanted.values()))
         for number, names in wanted.items():
             place = self._taken.get(number)
-            if place is not None and (flushed or names):
+            if place is not None and (flushed or names or place.network.ipv6):
                 async with place.lock:
                     await self._follow(place, targets, flushed=flushed)
 
-    async def _follow(self, place: _Place, targets: Mapping[str, str], *, flushed: bool) -> None:
+    async def _follow(self, place: Place, targets: Mapping[str, str], *, flushed: bool) -> None:
         if self._taken.get(place.slot.number) is not place or place.network.mode == "none":
             return
+        if place.network.ipv6 and time.monotonic() - place.announced > _ANNOUNCE_SECONDS:
+            await self._announce_ipv6(place)
         if flushed:
             place.elements = frozenset()
         await self._apply(place, place.network, targets)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from vmm_core.errors import SlotsUnavailable
 from vmm_core.network.claims import Claims
-from vmm_core.network.firewall import Firewall, usual_connections
+from vmm_core.network.firewall import Firewall
 from vmm_core.network.host import Forwarding
+from vmm_core.network.rules import usual_connections
 
 _TURN_SECONDS = 30.0
 _POLL_SECONDS = 0.02
@@ -29,7 +30,9 @@ class HostTable:
         self._run_dir = run_dir
         self._firewall = firewall
         self._forwarding = Forwarding(run_dir)
-        self._routed: set[str] = set()
+        self._forwarding6 = Forwarding(run_dir, ipv6=True)
+        self._ipv6 = False
+        self._routed: tuple[set[str], set[str]] = (set(), set())
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._turn = os.open(run_dir / "network.lock", flags, 0o600)
         self._users = os.open(run_dir / "network.users", flags, 0o600)
@@ -38,19 +41,33 @@ class HostTable:
         """Make the table, or bring its rules up to date; from here on it stays while this pool is open."""
         with await self._take_turn():
             fcntl.flock(self._users, fcntl.LOCK_SH)
-            self._routed = self._forwarding.on()
-            await self._firewall.load(usual_connections(), self._routed)
+            await self._load()
+
+    async def serve_ipv6(self) -> None:
+        """Let IPv6 through from now on, for the slots that have it. Raises SlotsUnavailable where that can not be."""
+        if self._ipv6:
+            return
+        with await self._take_turn():
+            self._forwarding6.on()
+            self._ipv6 = True
+            await self._load()
 
     async def restore(self) -> bool:
         """Load the rules again when somebody removed the table (all elements are gone then: True) or when the
         host has new interfaces that lead somewhere."""
         with await self._take_turn():
             gone = not await self._firewall.exists()
-            routed = self._forwarding.on()
-            if gone or routed != self._routed:
-                await self._firewall.load(usual_connections(), routed)
-                self._routed = routed
+            if gone or self._forwarded() != self._routed:
+                await self._load()
         return gone
+
+    async def _load(self) -> None:
+        self._routed = self._forwarded()
+        await self._firewall.load(usual_connections(), *self._routed)
+
+    def _forwarded(self) -> tuple[set[str], set[str]]:
+        six = self._forwarding6.on() if self._ipv6 else self._forwarding6.changed()
+        return self._forwarding.on(), six
 
     async def leave(self, claims: Claims) -> None:
         """Give up the claims' locks and this pool's share; the last one on a host without claims removes all."""
@@ -64,6 +81,7 @@ class HostTable:
                 if not claims.numbers():
                     await self._firewall.drop()
                     self._forwarding.back()
+                    self._forwarding6.back()
             finally:
                 fcntl.flock(self._users, fcntl.LOCK_UN)
 
