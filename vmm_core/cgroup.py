@@ -7,6 +7,7 @@ found once; a host in between (some controllers here, some there) is served from
 import asyncio
 import contextlib
 import errno
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,10 @@ GROUP = "microvm"
 _WANTED = ("cpu", "memory", "pids", "io")
 _NEEDED = ("cpu", "memory", "pids")
 _PERIOD_US = 100_000
+# What all VMs together weigh against the rest of the host: left alone, the group of them all would get no more
+# than one other service (or, by version 1, than one other process). A fifth stays for the service that serves them.
+_ALL_VMS_UNIFIED = ("cpu.weight", "400")
+_ALL_VMS_VERSION_1 = ("cpu.shares", str(2 * 1024 * (os.cpu_count() or 1)))
 _RELEASE_SECONDS = 5.0
 
 
@@ -269,3 +274,6 @@ def _make_ready(hierarchy: Hierarchy) -> None:
         for directory in (hierarchy.path, top):
             if not set(hierarchy.controllers) <= set(_read_words(directory / "cgroup.subtree_control")):
                 (directory / "cgroup.subtree_control").write_text(wanted)
+    if "cpu" in hierarchy.controllers:
+        name, weight = _ALL_VMS_UNIFIED if hierarchy.unified else _ALL_VMS_VERSION_1
+        (top / name).write_text(weight)

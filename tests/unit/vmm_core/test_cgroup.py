@@ -36,6 +36,7 @@ def test_a_version_2_host_is_served_whole(unified: Path) -> None:
     assert found.describe() == "cpu and memory and pids and io by version 2"
     for directory in (unified, unified / cgroup.GROUP):
         assert (directory / "cgroup.subtree_control").read_text() == "+cpu +memory +pids +io"
+    assert (unified / cgroup.GROUP / "cpu.weight").read_text() == "400", "all VMs together"
 
 
 def test_a_version_1_host_is_served_from_three_hierarchies(tmp_path: Path) -> None:
@@ -50,6 +51,8 @@ def test_a_version_1_host_is_served_from_three_hierarchies(tmp_path: Path) -> No
     assert {hierarchy.controllers for hierarchy in found.hierarchies} == {("cpu",), ("memory",), ("pids",)}
     assert not any(hierarchy.unified for hierarchy in found.hierarchies)
     assert found.describe() == "cpu by version 1; memory by version 1; pids by version 1"
+    weight = int((places["cpu"] / cgroup.GROUP / "cpu.shares").read_text())
+    assert weight >= 2 * 1024, "all VMs together"
 
 
 def test_a_host_in_between_is_served_from_both(tmp_path: Path, unified: Path) -> None:
