@@ -103,12 +103,12 @@ class Reaper:
         self._berths = berths
         self._owned = owned
         self._clear = clear
-        self._suspects: set[tuple[str, str, str]] = set()
+        self.suspects: set[tuple[str, str, str]] = set()
 
     async def sweep(self) -> list[Orphan]:
         """One pass: remove what the pass before saw too (at most 64 of it), remember the rest. What was removed."""
         found = await self.look()
-        due = [orphan for orphan in found if orphan.key in self._suspects][:MOST_IN_ONE_PASS]
+        due = [orphan for orphan in found if orphan.key in self.suspects][:MOST_IN_ONE_PASS]
         removed: list[Orphan] = []
         for orphan in due:
             if orphan.kind != "slot":
@@ -120,7 +120,7 @@ class Reaper:
         removed += await self._remove_slots([orphan for orphan in due if orphan.kind == "slot"])
         for orphan in removed:
             _tell("reaped", orphan, orphan.why)
-        self._suspects = {orphan.key for orphan in found} - {orphan.key for orphan in removed}
+        self.suspects = {orphan.key for orphan in found} - {orphan.key for orphan in removed}
         return removed
 
     async def look(self) -> list[Orphan]:
