@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +18,7 @@ from vmm_core.engine import Engine
 from vmm_core.network.addresses import SLOTS, UID_BASE, number_of_address, number_of_name
 from vmm_core.network.claims import RUN_DIR, Claims
 from vmm_core.network.firewall import TABLE
+from vmm_core.processes import Seen
 
 _NAMES = Path("/run/netns")
 _SECONDS = 5.0
@@ -32,14 +33,15 @@ class Leftovers:
     @classmethod
     def look(cls, engine: Engine) -> Self:
         slots = _Slots()
+        running = processes.seen()
         searches: dict[str, Callable[[], set[str]]] = {
-            "process": lambda: _processes(engine.pool.vms, slots),
-            "jailer": _idle_jailers,
+            "process": lambda: _processes(engine.pool.vms, running, slots),
+            "jailer": lambda: _idle_jailers(running),
             "claim": slots.stale,
             "control group": lambda: _groups(slots),
             "firewall element": lambda: _elements(slots),
             "mount": lambda: _mounts(slots),
-            "network namespace": lambda: _namespaces(slots),
+            "network namespace": lambda: _namespaces(running, slots),
             "network device": lambda: {name for name in os.listdir("/sys/class/net") if not slots.fine(name)},
             "disk or directory": lambda: {str(path) for path in engine.pool.vms.iterdir()},
             "draft": lambda: {str(path) for path in engine.pool.staging.iterdir()},
@@ -89,13 +91,19 @@ class _Slots:
 
     def stale(self) -> set[str]:
         numbers = self._claims.numbers() if self._claims is not None else []
-        return {f"slot {number}" for number in numbers if not self.is_fine(number)}
+        return {f"slot {number} {self._told(number)}" for number in numbers if not self.is_fine(number)}
+
+    def _told(self, number: int) -> str:
+        claims = self._claims
+        if claims is None:
+            return ""
+        return f"of {claims.owner(number)!r}, {'held' if claims.locked(number) else 'not held'}"
 
 
-def _processes(vms: Path, slots: _Slots) -> set[str]:
+def _processes(vms: Path, running: Sequence[Seen], slots: _Slots) -> set[str]:
     """Processes that work in a VM's directory, were started for it, or have the uid of a slot: VMMs, cells, relays."""
     found: set[str] = set()
-    for process in processes.seen():
+    for process in running:
         try:
             command = (
                 Path(f"/proc/{process.pid}/cmdline")
@@ -112,11 +120,11 @@ def _processes(vms: Path, slots: _Slots) -> set[str]:
     return found
 
 
-def _idle_jailers() -> set[str]:
+def _idle_jailers(running: Sequence[Seen]) -> set[str]:
     """Jailers that nobody waits for and that watch nobody."""
     return {
         str(process.pid)
-        for process in processes.seen()
+        for process in running
         if process.name == "microvm-jailer"
         and process.pid not in processes.watches(process.parent)
         and not processes.watches(process.pid)
@@ -149,11 +157,11 @@ def _mounts(slots: _Slots) -> set[str]:
     return {line for line in lines if not slots.fine(Path(line.split()[4]).name)}
 
 
-def _namespaces(slots: _Slots) -> set[str]:
+def _namespaces(running: Sequence[Seen], slots: _Slots) -> set[str]:
     """Every network namespace a process lives in or a name stands for."""
     names = [path for path in _NAMES.glob("*") if not slots.fine(path.name)]
     fine = {path.stat().st_ino for path in _NAMES.glob("mv-*") if slots.fine(path.name)}
-    lived_in = {process.netns for process in processes.seen()} - fine - {0}
+    lived_in = {process.netns for process in running} - fine - {0}
     return {f"name {path.name}" for path in names} | {f"inode {inode}" for inode in lived_in}
 
 
