@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import ipaddress
 import os
 import select
 import signal
@@ -136,7 +137,7 @@ class Internet:
 
 def tcp_server(address: str, port: int) -> socket.socket:
     """Tells everyone who connects from where it seems to be, then sends back what it reads."""
-    listener = socket.socket()
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((address, port))
     listener.listen(256)
@@ -150,7 +151,7 @@ def tcp_server(address: str, port: int) -> socket.socket:
     def accept() -> None:
         while True:
             try:
-                connection, (peer, _) = listener.accept()
+                connection, (peer, *_) = listener.accept()
             except OSError:
                 return
             threading.Thread(target=serve, args=(connection, peer), daemon=True).start()
@@ -190,8 +191,10 @@ class Guest:
     async def connect(self, address: str, port: int, *, timeout: float = 1.0) -> str:
         """What the server says about us, or why there is no connection."""
 
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+
         def work() -> str:
-            with socket.socket() as connection:
+            with socket.socket(family) as connection:
                 connection.settimeout(timeout)
                 try:
                     connection.connect((address, port))
@@ -279,7 +282,8 @@ async def guest(pool: SlotPool, network: Network, owner: str = "/vms/test") -> A
 def connections(address: str) -> list[str]:
     """The tracked connections a slot's address began."""
     lines = Path("/proc/net/nf_conntrack").read_text().splitlines()
-    return [line for line in lines if f"src={address} " in line.split("dport=")[0]]
+    shown = ipaddress.ip_address(address).exploded
+    return [line for line in lines if f"src={shown} " in line.split("dport=")[0]]
 
 
 def table() -> str:

@@ -36,8 +36,8 @@ from tests.integration.slot_world import (
 from vmm_core.errors import BadRequest, SlotsExhausted, SlotsUnavailable
 from vmm_core.machine import EgressRule, Network
 from vmm_core.network import claims, host, slots
-from vmm_core.network.addresses import slot
-from vmm_core.network.firewall import usual_connections
+from vmm_core.network.addresses import GUEST_ADDRESS6, slot
+from vmm_core.network.rules import usual_connections
 from vmm_core.network.slots import SlotPool
 
 INTERNET = Network("internet")
@@ -253,6 +253,61 @@ async def test_ipv6_and_other_protocols_do_not_leave() -> None:
             one.inside(lambda number=protocol: send_forged("10.0.2.15", PUBLIC, number))
         packets = drain(seen)
         assert not any(b"six" in packet or b"forged" in packet for packet in packets)
+
+
+@on_a_host_of_its_own
+async def test_ipv6_is_there_for_who_asks_by_the_same_policy() -> None:
+    net = Internet()
+    sh("ip -6 addr add 2001:db8::1/64 dev uplink nodad; ip -n net -6 addr add 2001:db8::2/64 dev core nodad")
+    for address in ("2001:db8:7::7", "2001:db8:8::8", "fd99::9"):
+        sh(f"ip -n net -6 addr add {address}/128 dev lo nodad")
+    sh("ip -6 route add default via 2001:db8::2; ip -6 route add fd99::/16 via 2001:db8::2")
+    net.tcp(443, "::")
+    tcp_server("::", 8080)
+    listed = Network("list", (EgressRule("fd99::/64", 443), EgressRule("2001:db8:8::8", 0)), ipv6=True)
+    before = sh("sysctl -n net.ipv6.conf.all.forwarding net.ipv6.conf.uplink.accept_ra")
+    async with (
+        SlotPool.open(3) as pool,
+        guest(pool, Network("internet", ipv6=True)) as one,
+        guest(pool, listed) as other,
+        guest(pool, INTERNET) as without,
+    ):
+        for each in (one, other):
+            await addressed(each)
+        assert GUEST_ADDRESS6 not in without.sh("ip -6 addr show dev eth0")
+        assert await one.connect("2001:db8:7::7", 443) == "2001:db8::1 at 2001:db8:7::7"
+        assert await other.reaches("fd99::9", 443)
+        assert await other.reaches("2001:db8:8::8", 443)
+        for who, address, port in [
+            (one, "fd99::9", 443),
+            (one, "2001:db8::1", 8080),
+            (one, one.slot.host_address6, 8080),
+            (one, other.slot.address6, 443),
+            (other, "2001:db8:7::7", 443),
+            (other, "2001:db8::1", 8080),
+        ]:
+            assert await who.connect(address, port) == "Connection refused", address
+        # Another source than its own, though the network is its own.
+        one.sh("ip -6 addr flush dev eth0 scope global; ip -6 addr add fd6d:7600:0:2::77/64 dev eth0 nodad")
+        assert await one.connect("2001:db8:7::7", 443) == "timeout"
+        # Asked for no more: closed at once.
+        assert connections(other.slot.address6)
+        await pool.open_to(other.slot, Network("list"))
+        assert not await other.reaches("fd99::9", 443)
+        used = other.slot
+    assert connections(used.address6) == []
+    assert traces() == []
+    assert sh("sysctl -n net.ipv6.conf.all.forwarding net.ipv6.conf.uplink.accept_ra") == before
+    assert sh("sysctl -n net.ipv6.conf.uplink.force_forwarding") == "0\n"
+
+
+async def addressed(one: Guest) -> None:
+    """Wait until the guest has made its address of the slot's announcement."""
+    async with asyncio.timeout(8):
+        while f"{GUEST_ADDRESS6}/64 scope global dynamic" not in (
+            shown := one.sh("ip -6 addr show dev eth0")
+        ) or ("tentative" in shown):
+            await asyncio.sleep(0.1)
 
 
 def send_forged(source: str, target: str, protocol: int = 17) -> None:

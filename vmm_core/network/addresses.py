@@ -31,6 +31,7 @@ RESOLVER = "10.0.2.3"
 NETWORK6 = ipaddress.IPv6Network("fd6d:7600:1::/48")
 """Every slot's /64, for machines that asked for IPv6."""
 GUEST_NETWORK6 = ipaddress.IPv6Network("fd6d:7600:0:2::/64")
+GATEWAY6 = "fe80::2"
 GUEST_ADDRESS6 = "fd6d:7600:0:2:5054:ff:fe12:3456"
 """What a guest makes of the network (announced to it by the slot) and its MAC; constant as well."""
 

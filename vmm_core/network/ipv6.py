@@ -12,6 +12,7 @@ import struct
 
 from vmm_core.network import netlink
 from vmm_core.network.addresses import (
+    GATEWAY6,
     GATEWAY_MAC,
     GUEST_ADDRESS6,
     GUEST_MAC,
@@ -24,19 +25,17 @@ _LENGTH = 64
 _ROUTER_SECONDS = 0xFFFF
 _FOREVER = 0xFFFFFFFF
 _HOP_LIMIT = 255
-# No probe for duplicate addresses: the announcement has to leave now, and nobody else is there.
+# No addresses but those given here, which are there at once: none is probed for duplicates first.
 _INSIDE = (
     ("all/forwarding", "1"),
-    ("tap/accept_dad", "0"),
-    ("up/accept_dad", "0"),
-    ("up/accept_ra", "0"),
-    ("tap/accept_ra", "0"),
+    ("up/addr_gen_mode", "1"),
+    ("tap/addr_gen_mode", "1"),
     ("up/disable_ipv6", "0"),
     ("tap/disable_ipv6", "0"),
 )
 _HOST = (
+    ("{}/addr_gen_mode", "1"),
     ("{}/accept_ra", "0"),
-    ("{}/accept_dad", "0"),
     ("{}/disable_ipv6", "0"),
     ("{}/force_forwarding", "1"),
 )
@@ -46,6 +45,7 @@ def lay_inside(routes: netlink.Netlink, place: Slot) -> None:
     """To be called in the slot's namespace; may be called again. Announces the network to the guest."""
     _apply(_INSIDE, "")
     routes.send(
+        netlink.address(TAP_INDEX, GATEWAY6, _LENGTH),
         netlink.route(TAP_INDEX, GUEST_ADDRESS6, None),
         netlink.neighbour(TAP_INDEX, GUEST_ADDRESS6, GUEST_MAC),
         netlink.address(UP_INDEX, place.address6, _LENGTH),

@@ -16,7 +16,8 @@ from vmm_core.network.egress import (
     on_loopback,
     virtual_hosts,
 )
-from vmm_core.network.firewall import FORBIDDEN, Element
+from vmm_core.network.firewall import Element
+from vmm_core.network.rules import FORBIDDEN
 
 PLACE = slot(5)
 OWN = {"192.0.2.2"}
@@ -156,6 +157,45 @@ def test_virtual_addresses_follow_the_order_of_names_and_skip_addresses() -> Non
         EgressRule("B.test", 443),
     ]
     assert virtual_hosts(rules) == {"b.test": "10.0.2.100", "a.test": "10.0.2.101"}
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("::/0", "internet"),
+        ("2000::/3", "internet"),
+        ("fe80::1", "can be listed"),
+        ("::1", "can be listed"),
+        ("ff02::1", "can be listed"),
+        ("64:ff9b::7f00:1", "can be listed"),
+        ("2002:7f00:1::1", "can be listed"),
+        ("fd00:ec2::254", "can be listed"),
+        ("fd6d:7600:1:5::2", "can be listed"),
+        ("::ffff:127.0.0.1", "can be listed"),
+        ("2001:db8::1", "this host"),
+        ("2001:db8::g", "2001:db8::g"),
+    ],
+)
+def test_ipv6_that_opens_the_host_is_refused(host: str, said: str) -> None:
+    with pytest.raises(BadRequest, match=said):
+        check_network(Network("list", (EgressRule(host, 443),), ipv6=True), {"2001:db8::1"})
+
+
+def test_ipv6_is_open_to_who_asked_only() -> None:
+    assert not any(element.set.endswith("6") for element in opened(Network("internet")))
+    rules = (
+        EgressRule("fd99::/64", 0),
+        EgressRule("2001:db8:7::/48", 443),
+        EgressRule("2001:db8:7:1::1", 443),
+    )
+    found = opened(Network("internet", rules, ipv6=True))
+    assert {element for element in found if element.set.endswith("6")} == {
+        Element("source6", ("mv-5",), (PLACE.address6,)),
+        Element("internet6", (PLACE.address6,)),
+        Element("allowed_whole6", (PLACE.address6, "fd99::/64")),
+        Element("allowed6", (PLACE.address6, "2001:db8:7::/48", "tcp", 443)),
+        Element("allowed6", (PLACE.address6, "2001:db8:7::/48", "udp", 443)),
+    }
 
 
 NETWORKS = st.builds(

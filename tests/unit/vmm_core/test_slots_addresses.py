@@ -8,8 +8,12 @@ from hypothesis import strategies as st
 
 from vmm_core.errors import BadRequest
 from vmm_core.network.addresses import (
+    GUEST_ADDRESS6,
+    GUEST_MAC,
     GUEST_NETWORK,
+    GUEST_NETWORK6,
     NETWORK,
+    NETWORK6,
     PREFIX_LENGTH,
     SLOTS,
     UID_BASE,
@@ -30,6 +34,8 @@ def test_all_slots_are_distinct_in_everything_that_names_them() -> None:
         {place.host_address for place in everything},
         {place.mac for place in everything},
         {place.host_mac for place in everything},
+        {place.address6 for place in everything},
+        {place.host_address6 for place in everything},
     ):
         assert len(values) == SLOTS
     assert not {place.mac for place in everything} & {place.host_mac for place in everything}
@@ -64,6 +70,9 @@ def test_number_comes_back_from_names_and_addresses(number: int) -> None:
     assert number_of_name(place.name) == number
     assert number_of_address(place.address) == number
     assert number_of_address(place.host_address) == number
+    assert number_of_address(place.address6) == number
+    assert number_of_address(place.host_address6) == number
+    assert ipaddress.IPv6Address(place.address6) in NETWORK6
     assert slot(number) == place
 
 
@@ -87,6 +96,19 @@ def test_only_our_own_names_are_read_as_slots(name: str) -> None:
 @pytest.mark.parametrize("name", ["mv-01", "mv-16384", "mv--1", "mv-", "eth0", "mv-1x", "mv-٣"])
 def test_names_that_only_look_like_ours(name: str) -> None:
     assert number_of_name(name) is None
+
+
+def test_the_guests_ipv6_address_is_the_one_its_mac_makes() -> None:
+    high = int(GUEST_NETWORK6.network_address)
+    mac = bytes.fromhex(GUEST_MAC.replace(":", ""))
+    low = bytes([mac[0] ^ 2, mac[1], mac[2], 0xFF, 0xFE, *mac[3:]])
+    assert int(ipaddress.IPv6Address(GUEST_ADDRESS6)) == high + int.from_bytes(low, "big")
+    assert not NETWORK6.overlaps(GUEST_NETWORK6)
+
+
+@given(st.ip_addresses(v=6).filter(lambda address: address not in NETWORK6))
+def test_ipv6_addresses_outside_belong_to_no_slot(address: ipaddress.IPv6Address) -> None:
+    assert number_of_address(str(address)) is None
 
 
 @given(st.ip_addresses(v=4).filter(lambda address: address not in NETWORK))
