@@ -201,7 +201,10 @@ class SlotPool:
         known = set(self._claims.numbers()) | host.laid() | set(await self._firewall.elements())
         loose = {number for number in known if not self._claims.locked(number)}
         living = await host.inhabited(loose)
-        return [Orphan(number, self._claims.owner(number) or "") for number in sorted(loose - living)]
+        # One that was just being torn out when it was listed has nothing left by now.
+        still = set(self._claims.numbers()) | host.laid() | set(await self._firewall.elements())
+        empty = sorted(number for number in (loose - living) & still if not self._claims.locked(number))
+        return [Orphan(number, self._claims.owner(number) or "") for number in empty]
 
     async def reap(self, number: int) -> bool:
         """Remove all there is of an orphan; False when it has an owner or a process by now."""
