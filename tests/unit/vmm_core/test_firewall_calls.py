@@ -9,7 +9,8 @@ import pytest
 
 from vmm_core.errors import SlotsUnavailable
 from vmm_core.network import firewall as module
-from vmm_core.network.firewall import Element, Firewall, ruleset, usual_connections
+from vmm_core.network.firewall import Element, Firewall
+from vmm_core.network.rules import ruleset, usual_connections
 
 pytestmark = pytest.mark.anyio
 
