@@ -19,11 +19,12 @@ from typing import TypeVar
 import msgspec
 
 from vmm_core.disk import clone_file, data_extents, write_back
-from vmm_core.drivers.base import DISK, MEMORY, SUMS
+from vmm_core.drivers.base import DISK, MEMORY, STATE, SUMS
 from vmm_core.errors import PoolFull, VmDied, VmmError
 from vmm_core.guest_memory import Copy, GuestMemory
 from vmm_core.machine import VmExit
 from vmm_core.memory import Ranges, sums_of, sums_with, write_ranges
+from vmm_core.snapshot import sync
 from vmm_core.vm import RunningVm
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class Threads:
     """Threads of our own: a machine that stands still waits for nobody, and nobody waits for what is written later."""
 
     def __init__(self) -> None:
-        self._urgent = ThreadPoolExecutor(2, "capture")
+        self._urgent = ThreadPoolExecutor(4, "capture")
         self._patient = ThreadPoolExecutor(1, "capture-write", _be_nice)
 
     async def urgent(self, work: Callable[[], T]) -> T:
@@ -164,6 +165,13 @@ def write_sums(captured: Captured, base: Image | None, directory: Path) -> None:
         sums = sums_with(known, captured.base, captured.memory, captured.private)
     with pool_full("its memory"):
         (directory / SUMS).write_bytes(sums)
+        sync(directory / SUMS)
+
+
+def make_durable(directory: Path) -> None:
+    """Bring the devices and the disk to storage. Blocking."""
+    for name in (STATE, DISK):
+        sync(directory / name)
 
 
 @contextlib.contextmanager

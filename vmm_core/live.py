@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from vmm_core.capture import Captured, Image, Threads, capture, resume, write_image, write_sums
+from vmm_core.capture import Captured, Image, Threads, capture, make_durable, resume, write_image, write_sums
 from vmm_core.disk import Pool
 from vmm_core.drivers.base import MEMORY, SUMS
 from vmm_core.errors import BadRequest, SnapshotInvalid, UnknownTemplate, UnknownVm, VmmError
@@ -36,6 +36,8 @@ from vmm_core.vm import RunningVm
 
 MOST_CHILDREN = 256
 _CHILD_MIB = 96
+# Children that end sooner cost no disk at all, and those that begin are not disturbed.
+_WRITE_AFTER = 2.0
 _CLOSE_SECONDS = 60.0
 
 T = TypeVar("T")
@@ -89,6 +91,7 @@ class Live:
         self._threads = Threads()
         self._turns: dict[str, asyncio.Lock] = {}
         self._writing: dict[str, asyncio.Task[None]] = {}
+        self._hurry: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.frozen = FrozenVms(engine.snapshots)
 
@@ -159,6 +162,9 @@ class Live:
         digest = snapshot.digest
         written = False
         try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_WRITE_AFTER):
+                    await self._hurry.setdefault(digest, asyncio.Event()).wait()
             if await asyncio.to_thread(self._snapshots.users, digest):
                 base = await self._image_of(snapshot.manifest.base)
                 await self._threads.patient(lambda: self._complete(snapshot, captured, base))
@@ -170,6 +176,7 @@ class Live:
             self._residents.unpin(digest)
             os.close(held)
             self._writing.pop(digest, None)
+            self._hurry.pop(digest, None)
         if not written:
             self._snapshots.abandon(digest)
         await asyncio.to_thread(self._snapshots.tidy)
@@ -232,12 +239,13 @@ class Live:
         await asyncio.gather(
             self._threads.urgent(lambda: write_image(captured, image, draft)),
             self._threads.urgent(lambda: write_sums(captured, image, draft)),
+            self._threads.urgent(lambda: make_durable(draft)),
         )
         now = time.time()
         digest = _new_digest()
         frozen = Frozen(digest=digest, record=vm.record, frozen_at=now, expires_at=now + ttl)
         manifest = msgspec.structs.replace(self._manifest(vm, digest, draft), frozen=frozen)
-        await self._threads.urgent(lambda: self._snapshots.publish(draft, manifest))
+        await self._threads.urgent(lambda: self._snapshots.publish(draft, manifest, durable=manifest.files))
         return frozen
 
     async def thaw(self, vm_id: str, ttl: float) -> RunningVm:
@@ -283,6 +291,8 @@ class Live:
     async def close(self) -> None:
         """Captures are written to their end, so that what runs on can stand on them."""
         await self.frozen.close()
+        for digest in self._writing:
+            self._hurry.setdefault(digest, asyncio.Event()).set()
         waiting = {*self._writing.values(), *self._tasks}
         if waiting:
             await asyncio.wait(waiting, timeout=_CLOSE_SECONDS)
@@ -331,6 +341,7 @@ class Live:
         if digest is None:
             return None
         if (writing := self._writing.get(digest)) is not None:
+            self._hurry.setdefault(digest, asyncio.Event()).set()
             await asyncio.wait({writing})
         with contextlib.suppress(UnknownTemplate, SnapshotInvalid):
             return _image_in(self._snapshots.load(digest).path)

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,19 @@ class SnapshotStore:
             if held is not None:
                 os.close(held)
 
-    def publish(self, draft: Path, manifest: Manifest) -> Snapshot:
-        """Make the files in ``draft`` the snapshot ``manifest.digest``. Who comes second gets the first one's."""
+    def publish(self, draft: Path, manifest: Manifest, *, durable: Collection[str] = ()) -> Snapshot:
+        """Make the files in ``draft`` the snapshot ``manifest.digest``. Who comes second gets the first one's.
+
+        ``durable`` names files that are on storage already.
+        """
         if not _DIGEST.fullmatch(manifest.digest):
             raise BadRequest(f"{manifest.digest!r} is no digest: 16 to 64 hexadecimal digits")
         target = self._pool.snapshots / manifest.digest
         for path in draft.iterdir():
-            _sync(path)
+            if path.name not in durable:
+                sync(path)
         _write_durably(draft / MANIFEST, _encode(_sealed(draft, manifest)))
-        _sync(draft)
+        sync(draft)
         try:
             draft.rename(target)
         except OSError as error:
@@ -75,7 +79,7 @@ class SnapshotStore:
             except SnapshotInvalid:
                 self._bury(target)  # a damaged one must not stand in the way of its own replacement
                 draft.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         return self.load(manifest.digest)
 
     def place(self, draft: Path, digest: str) -> tuple[Path, int]:
@@ -95,9 +99,9 @@ class SnapshotStore:
         """From now on what was placed under this digest exists."""
         target = self._pool.snapshots / manifest.digest
         for path in target.iterdir():
-            _sync(path)
+            sync(path)
         self._rewrite(target, manifest)
-        _sync(target.parent)
+        sync(target.parent)
         return self.load(manifest.digest)
 
     def abandon(self, digest: str) -> None:
@@ -110,7 +114,7 @@ class SnapshotStore:
         with self.draft() as draft:
             _write_durably(draft / MANIFEST, _encode(_sealed(target, manifest)))
             (draft / MANIFEST).replace(target / MANIFEST)
-            _sync(target)
+            sync(target)
 
     def hold(self, digest: str, *, alone: bool = False) -> int | None:
         """Keep a snapshot from being removed until the descriptor is closed. None: it is being removed, or gone.
@@ -339,7 +343,7 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

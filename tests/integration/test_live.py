@@ -326,7 +326,10 @@ async def test_a_child_whose_parents_image_was_never_written_is_frozen_whole(
         with monkeypatch.context() as patch:
             patch.setattr(live_module, "write_image", lambda *_: (_ for _ in ()).throw(PoolFull("injected")))
             (child,) = await vm.fork_many(1)
-            await asyncio.sleep(0.5)
+            placed = engine.pool.snapshots / (child.record.parent or "")
+            async with asyncio.timeout(20):
+                while placed.exists():
+                    await asyncio.sleep(0.05)
         frozen = await child.freeze()
     assert engine.snapshots.load(frozen.digest).manifest.base is None
     thawed = await engine.thaw(frozen.id)
