@@ -10,6 +10,8 @@ from vmm_core.errors import VmmProtocolError
 from vmm_core.process import VmmProcess, start_ticks
 
 _PROC = Path("/proc")
+# Of /proc/PID/status, which tells of a process's memory and signals after that.
+_LINES = 12
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -27,17 +29,14 @@ class Seen(msgspec.Struct, frozen=True):
 
 def seen() -> list[Seen]:
     """Every process that has not ended. Blocking: some 100 µs each."""
-    found: list[Seen] = []
-    for entry in _PROC.iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError, LookupError, ValueError):
-                found.append(_read(entry))
-    return found
+    found = (_read(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdecimal())
+    return [process for process in found if process is not None]
 
 
-def of_uid(uid: int) -> list[Seen]:
-    """The processes that have this real uid. Blocking."""
-    return [process for process in seen() if process.uid == uid]
+def one(pid: int, ticks: int) -> Seen | None:
+    """The process of this pid and this start; None when it has ended, also when nobody has asked how."""
+    found = _read(pid)
+    return found if found is not None and found.ticks == ticks else None
 
 
 def watches(pid: int) -> set[int]:
@@ -67,19 +66,20 @@ async def end(processes: Iterable[Seen]) -> list[Seen]:
     return left
 
 
-def _read(entry: Path) -> Seen:
-    pid = int(entry.name)
-    fields = dict(
-        line.split(":\t", 1) for line in (entry / "status").read_text().splitlines() if ":\t" in line
-    )
-    ticks = start_ticks(pid)
+def _read(pid: int) -> Seen | None:
+    place = _PROC / str(pid)
+    try:
+        lines = (place / "status").read_text(errors="replace").splitlines()[:_LINES]
+        fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        ticks = start_ticks(pid)
+    except OSError:
+        return None
     if ticks is None or fields["State"].startswith(("Z", "X")):
-        raise LookupError(pid)
-    cwd = ""
+        return None
+    cwd, netns = "", 0
     with contextlib.suppress(OSError):
-        cwd = str((entry / "cwd").readlink())
-    netns = 0
+        cwd = str((place / "cwd").readlink())
     with contextlib.suppress(OSError):
-        netns = (entry / "ns/net").stat().st_ino
+        netns = (place / "ns/net").stat().st_ino
     uid = int(fields["Uid"].split()[0])
     return Seen(pid, ticks, int(fields["PPid"]), uid, fields["Name"], cwd, netns)
