@@ -39,6 +39,11 @@ def one(pid: int, ticks: int) -> Seen | None:
     return found if found is not None and found.ticks == ticks else None
 
 
+def of_uid(uid: int) -> list[Seen]:
+    """The processes that have this real uid. Blocking, as ``seen``."""
+    return [process for process in seen() if process.uid == uid]
+
+
 def watches(pid: int) -> set[int]:
     """The processes that ``pid`` holds a pidfd of; nothing for one that has ended."""
     found: set[int] = set()
