@@ -34,11 +34,11 @@ _RESUMES, _RESUME_PAUSE = 3, 0.1
 
 
 class Captured(msgspec.Struct, frozen=True):
-    """The sealed memory of that instant (a descriptor, the caller's), which ranges of it are the machine's own, and
-    for how long it stood still. Its devices and its disk are files.
+    """The memory of that instant (a descriptor, the caller's), which ranges of it are the machine's own, and for how
+    long it stood still. Its devices and its disk are files.
 
-    ``base``: a descriptor, the caller's too, of the memory that all but the private ranges are in; -1 when ``memory``
-    holds everything.
+    ``base``: a descriptor, the caller's too, of the memory that all but the private ranges came from, where
+    ``memory`` is the image ``memory.img`` of the draft; -1 where it is a sealed memory by itself.
     """
 
     memory: int
@@ -87,29 +87,30 @@ async def capture(
     draft: Path,
     threads: Threads,
     *,
-    whole: bool,
+    into: Image | None,
     run_on: bool,
     require: Callable[[int], Awaitable[None]],
 ) -> Captured:
     """Capture ``vm``; its devices and disk go to ``draft``. Not to be cancelled: the machine would stand still.
 
-    ``whole``: the memory can be run from; else it has the private ranges only. ``require`` is told beforehand how
-    many MiB it will take. Raises what that raises, PoolFull, VmDied, VmmProtocolError; the machine runs on then.
+    The memory is one to run from or, ``into`` a clone of that image, a file of the draft. ``require`` is told
+    beforehand how many MiB it takes. Raises what that raises, PoolFull, VmDied, VmmProtocolError; the machine runs on.
     """
     disk = vm.directory / DISK
     with GuestMemory.of(vm.record.pid, vm.record.machine.memory_mib << 20) as guest:
-        whole = whole or guest.shared
-        shared = os.fstat(guest.file).st_blocks * 512 if whole else 0
-        await require((shared + await threads.urgent(guest.private_bytes)) >> 20)
-        with contextlib.closing(Copy(guest)) as copy:
-            if whole:
+        image = None if into is None or guest.shared else await threads.urgent(lambda: _clone(into, draft))
+        with contextlib.closing(Copy(guest, image)) as copy:
+            if image is None:
+                shared = os.fstat(guest.file).st_blocks * 512
+                await require((shared + await threads.urgent(guest.private_bytes)) >> 20)
                 await asyncio.gather(threads.urgent(lambda: _write_back(disk)), threads.urgent(copy.before))
             async with vm.channel.still():
                 began = time.perf_counter()
                 try:
                     await vm.driver_vm.pause()
                     # The memory first: what the VMM still puts into it belongs to devices that are saved later.
-                    await threads.urgent(copy.during)
+                    with pool_full("its memory"):
+                        await threads.urgent(copy.during)
                     await vm.driver_vm.save_devices(draft)
                     with pool_full("its disk"):
                         await threads.urgent(lambda: clone_file(disk, draft / DISK))
@@ -120,8 +121,8 @@ async def capture(
                 if run_on:
                     await resume(vm)
                 pause_ms = (time.perf_counter() - began) * 1e3
-            base = -1 if whole else os.dup(guest.file)
-            return Captured(copy.sealed(), base, guest.size, copy.ranges, pause_ms)
+            base = -1 if image is None else os.dup(guest.file)
+            return Captured(copy.finished(), base, guest.size, copy.ranges, pause_ms)
 
 
 async def resume(vm: RunningVm) -> None:
@@ -146,6 +147,9 @@ def write_image(captured: Captured, base: Image | None, directory: Path) -> None
     image = directory / MEMORY
     ranges = captured.private
     with pool_full("its memory"):
+        if captured.base >= 0:
+            os.fsync(captured.memory)
+            return
         if base is not None:
             clone_file(base.path, image)
         else:
@@ -186,6 +190,11 @@ def pool_full(what: str) -> Generator[None]:
                 "(microvm kill), or enlarge its disk"
             ) from error
         raise
+
+
+def _clone(base: Image, draft: Path) -> int:
+    clone_file(base.path, draft / MEMORY)
+    return os.open(draft / MEMORY, os.O_RDWR | os.O_CLOEXEC)
 
 
 def _write_back(disk: Path) -> None:

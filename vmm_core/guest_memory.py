@@ -15,7 +15,17 @@ from pathlib import Path
 
 from vmm_core.disk import data_extents
 from vmm_core.errors import VmDied, VmmProtocolError
-from vmm_core.memory import MEMFD_NAME, PAGE, Ranges, copy_data, copy_ranges, fresh_memory, in_shares, seal
+from vmm_core.memory import (
+    MEMFD_NAME,
+    PAGE,
+    Ranges,
+    copy_data,
+    copy_ranges,
+    fresh_memory,
+    in_shares,
+    seal,
+    write_pages,
+)
 
 _IOVECS = 1024  # IOV_MAX
 _BATCH_BYTES = 1 << 20  # in one call: a buffer that stays in the processor's cache
@@ -78,14 +88,14 @@ class GuestMemory:
     def private_bytes(self) -> int:
         return sum(end - start for start, end in self.changes())
 
-    def copy(self, ranges: Ranges, target: int) -> None:
+    def copy(self, ranges: Ranges, target: int, *, sparse: bool = False) -> None:
         """Copy ``ranges`` to the same places in the file ``target``. Of one instant only while it is stopped."""
         if self.shared:
             copy_ranges(self.file, target, ranges)
         else:
-            in_shares(ranges, lambda share: self._copy_private(share, target))
+            in_shares(ranges, lambda share: self._copy_private(share, target, sparse))
 
-    def _copy_private(self, ranges: Ranges, target: int) -> None:
+    def _copy_private(self, ranges: Ranges, target: int, sparse: bool) -> None:
         buffer = bytearray(_BATCH_BYTES)
         view = memoryview(buffer)
         place = ctypes.c_char.from_buffer(buffer)
@@ -93,7 +103,10 @@ class GuestMemory:
             self._read(batch, ctypes.addressof(place))
             at = 0
             for start, end in batch:
-                os.pwrite(target, view[at : at + end - start], start)
+                if sparse:
+                    write_pages(target, bytes(view[at : at + end - start]), start)
+                else:
+                    os.pwrite(target, view[at : at + end - start], start)
                 at += end - start
 
     def _read(self, batch: Ranges, target: int) -> None:
@@ -122,12 +135,14 @@ class GuestMemory:
 class Copy:
     """A copy of a machine's memory in the making: ``before`` the pause what its file holds, ``during`` it the rest.
 
-    Without ``before``, it holds the private pages only. ``ranges`` are what ``during`` has copied.
+    ``image``: a file, open, that has the first part already; zero pages become holes in it. Else it is a memfd.
+    ``ranges`` are what ``during`` has copied. The descriptor is this one's until ``finished``.
     """
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, image: int | None = None) -> None:
         self._memory = memory
-        self._fd = fresh_memory(memory.size)
+        self._sparse = image is not None
+        self._fd = fresh_memory(memory.size) if image is None else image
         self.ranges: Ranges = []
 
     def before(self) -> None:
@@ -135,11 +150,12 @@ class Copy:
 
     def during(self) -> None:
         self.ranges = self._memory.changes()
-        self._memory.copy(self.ranges, self._fd)
+        self._memory.copy(self.ranges, self._fd, sparse=self._sparse)
 
-    def sealed(self) -> int:
-        """The finished copy; its descriptor is the caller's."""
-        seal(self._fd)
+    def finished(self) -> int:
+        """The whole copy, sealed when it is a memfd; its descriptor is the caller's."""
+        if not self._sparse:
+            seal(self._fd)
         fd, self._fd = self._fd, -1
         return fd
 

@@ -133,7 +133,7 @@ class Live:
         digest = _new_digest()
         async with self._turn(vm):
             with self._snapshots.draft() as draft:
-                captured = await capture(vm, draft, self._threads, whole=True, run_on=True, require=require)
+                captured = await capture(vm, draft, self._threads, into=None, run_on=True, require=require)
                 try:
                     path, held = self._snapshots.place(draft, digest)
                 except BaseException:
@@ -217,9 +217,7 @@ class Live:
                 return self._require(vm.record.machine, memory_mib)
 
             with self._snapshots.draft() as draft:
-                captured = await capture(
-                    vm, draft, self._threads, whole=image is None, run_on=False, require=require
-                )
+                captured = await capture(vm, draft, self._threads, into=image, run_on=False, require=require)
                 try:
                     frozen = await self._save_frozen(vm, captured, image, draft, ttl)
                 except BaseException:

@@ -69,14 +69,14 @@ def write_ranges(source: int, ranges: Iterable[tuple[int, int]], target: int) ->
     for start, end in ranges:
         for offset in range(start, end, _CHUNK):
             chunk = os.pread(source, min(_CHUNK, end - offset), offset)
-            written += _write_pages(target, chunk, offset)
+            written += write_pages(target, chunk, offset)
             if written - begun >= _WRITE_BACK:
                 begun = written
                 write_back(target, wait=False)
     return written
 
 
-def _write_pages(fd: int, chunk: bytes, offset: int) -> int:
+def write_pages(fd: int, chunk: bytes, offset: int) -> int:
     """Write the runs of non-zero pages of ``chunk`` at ``offset`` and punch holes for the others."""
     if chunk == _ZERO_CHUNK[: len(chunk)]:
         _punch(fd, offset, len(chunk))

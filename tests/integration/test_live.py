@@ -294,6 +294,9 @@ async def test_a_full_pool_fails_that_fork_and_that_freeze_and_the_machine_runs_
     engine: Engine, minimal: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
+        raise PoolFull("no room: remove templates") from OSError(errno.ENOSPC, "No space left on device")
+
+    def full_disk(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async with engine.fork(minimal) as vm:
@@ -303,7 +306,8 @@ async def test_a_full_pool_fails_that_fork_and_that_freeze_and_the_machine_runs_
                 with pytest.raises(PoolFull, match="templates"):
                     await asking
         with monkeypatch.context() as patch:
-            patch.setattr("vmm_core.capture.write_ranges", full)
+            patch.setattr("vmm_core.capture.write_ranges", full_disk)
+            patch.setattr("vmm_core.guest_memory.write_pages", full_disk)
             with pytest.raises(PoolFull, match="templates"):
                 await vm.freeze()
             # Children need no image: theirs is not written, and they run without.
@@ -312,7 +316,7 @@ async def test_a_full_pool_fails_that_fork_and_that_freeze_and_the_machine_runs_
         with monkeypatch.context() as patch:
             patch.setattr("vmm_core.capture.clone_file", full)
             for asking in (vm.fork_many(1), vm.freeze()):
-                with pytest.raises(PoolFull, match="its disk"):
+                with pytest.raises(PoolFull, match="templates"):
                     await asking
         assert engine.frozen() == []
         assert (await vm.exec("echo fine")).stdout == b"fine\n"

@@ -141,8 +141,9 @@ for word in sys.stdin:
     if word == "read\\n":
         bytes(maps[0])
     else:
-        page = int(word)
-        maps[0][page * 4096 : (page + 1) * 4096] = bytes([200]) * 4096
+        page = int(word.split()[-1])
+        byte = 0 if word.startswith("zero") else 200
+        maps[0][page * 4096 : (page + 1) * 4096] = bytes([byte]) * 4096
     print("done", flush=True)
 """
 
@@ -192,7 +193,7 @@ def test_the_pages_a_process_wrote_are_found_and_no_others() -> None:
             copy = Copy(guest)
             copy.before()
             copy.during()
-            fd = copy.sealed()
+            fd = copy.finished()
     expected = bytearray(content(parent))
     for page in written:
         expected[page * PAGE : (page + 1) * PAGE] = bytes([200]) * PAGE
@@ -203,15 +204,22 @@ def test_the_pages_a_process_wrote_are_found_and_no_others() -> None:
         os.close(each)
 
 
-def test_without_its_base_a_copy_has_the_private_pages_alone() -> None:
+def test_into_an_image_of_its_base_go_the_private_pages_alone_and_zeros_as_holes(tmp_path: Path) -> None:
     parent = parent_memory()
+    memory.save_sparse(parent, tmp_path / "image")
     with Mapper(parent, "private") as mapper:
         mapper.tell("5")
+        mapper.tell("zero 9")
         with GuestMemory.of(mapper.process.pid, SIZE) as guest:
-            copy = Copy(guest)
+            copy = Copy(guest, os.open(tmp_path / "image", os.O_RDWR))
             copy.during()
-            fd = copy.sealed()
-    assert data_extents(fd, SIZE) == [(5 * PAGE, 6 * PAGE)]
+            assert copy.ranges == [(5 * PAGE, 6 * PAGE), (9 * PAGE, 10 * PAGE)]
+            fd = copy.finished()
+    expected = bytearray(content(parent))
+    expected[5 * PAGE : 6 * PAGE] = bytes([200]) * PAGE
+    expected[9 * PAGE : 10 * PAGE] = bytes(PAGE)
+    assert content(fd) == bytes(expected)
+    assert not any(start <= 9 * PAGE < end for start, end in data_extents(fd, SIZE))
     for each in (parent, fd):
         os.close(each)
 
@@ -226,7 +234,7 @@ def test_a_machine_that_booted_writes_to_its_file_and_all_of_that_counts() -> No
             copy.before()
             mapper.tell("2")
             copy.during()
-            fd = copy.sealed()
+            fd = copy.finished()
     assert content(fd) == content(own)
     for each in (own, fd):
         os.close(each)
