@@ -80,7 +80,7 @@ class Berths:
                 self._calmed.set()
 
     async def take(self, machine: MachineSpec, owner: Path) -> Berth:
-        """A berth for the VM in the directory ``owner``, from those prepared where one fits. Raises HostUnfit."""
+        """A berth for the VM in the directory ``owner``, from those prepared where there is one. Raises HostUnfit."""
         berth = await self._take(limits_of(machine))
         if self.slots is not None and berth.slot is not None:
             self.slots.assign(berth.slot, str(owner))
@@ -146,8 +146,10 @@ class Berths:
         self._fill_soon()
         while self._ready:
             berth = self._ready.popleft()
-            if berth.limits == limits and berth.cell.waiting:
-                return berth
+            if berth.cell.waiting:
+                if berth.limits != limits:
+                    berth.cell.fit(limits)
+                return msgspec.structs.replace(berth, limits=limits)
             await self.give_back(berth)
         return await self._prepare(limits)
 
