@@ -291,9 +291,9 @@ class Engine:
             lock = try_lock(directory) if directory.name not in self._vms else None
             if lock is not None:
                 claims.append((directory, lock))
-        found = await asyncio.gather(*(self._adoption.adopt_or_clear(*claim) for claim in claims))
+        found = await asyncio.gather(*(self._take_over(*claim) for claim in claims))
         await asyncio.to_thread(self.snapshots.sweep)
-        return [self._enroll(parts) for parts in found if parts is not None]
+        return [vm for vm in found if vm is not None]
 
     def records(self) -> list[VmRecord]:
         """Every VM of the data directory, whoever owns it, oldest first."""
@@ -438,6 +438,11 @@ class Engine:
             timer.cancel()
         self._live.gone(vm)
         self.ledger.closed(vm)
+
+    async def _take_over(self, directory: Path, lock: int) -> RunningVm | None:
+        # Ours at once: should another VM's adoption fail, this one's lock has an owner.
+        parts = await self._adoption.adopt_or_clear(directory, lock)
+        return None if parts is None else self._enroll(parts)
 
     async def reaper(self) -> Reaper:
         """What looks for things that nothing owns, on this host and in this data directory."""
