@@ -45,11 +45,10 @@ class Program:
             (image, machine), self.boot = self.boot, None
             async with self.engine.boot(image, machine) as vm:
                 say("booted", vm.id)
+        elif self.frozen and self.random.random() < 0.6:
+            await self.thaw(self.frozen.pop())
         elif not self.idle or (len(self.idle) < MOST_VMS and self.random.random() < 0.3):
-            if self.frozen and self.random.random() < 0.5:
-                await self.thaw(self.frozen.pop())
-            else:
-                self.launched(await self.engine.launch("minimal", ttl=300))
+            self.launched(await self.engine.launch("minimal", ttl=300))
         else:
             vm = self.idle.pop(self.random.randrange(len(self.idle)))
             act = self.random.choice([self.execute, self.copy, self.freeze, self.destroy])
@@ -65,6 +64,7 @@ class Program:
         self.idle.append(vm)
 
     async def copy(self, vm: RunningVm) -> None:
+        say("copying", vm.id)
         for child in await vm.fork_many(1, ttl=300):
             self.launched(child)
         self.idle.append(vm)

@@ -11,6 +11,7 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from pathlib import Path
 
@@ -236,16 +237,17 @@ async def test_killed_at_random_moments(engine: Engine, reaper: Reaper) -> None:
             return await stack.enter_async_context(begun(coming))
 
         coming = await begin(0)
-        for number in range(-(-CRASHES // TOGETHER)):
+        rounds, last = -(-CRASHES // TOGETHER), list[str]()
+        for number in range(rounds):
             lives = await coming
             await asyncio.gather(*(life.end(moments.uniform(0, LIFE_SECONDS)) for life in lives))
-            coming = await begin(number + 1)  # they start while these are judged
+            last += [line.split()[0] for life in lives for line in life.said[-1:]]
+            if number + 1 < rounds:
+                coming = await begin(number + 1)  # they start while these are judged
             try:
                 await judge(engine, reaper, lives)
             except BaseException:
                 for life in lives:
                     print(f"crash {number} of seed {SEED}:", *life.said[-12:], sep="\n  ")
                 raise
-        lives = await coming
-        await asyncio.gather(*(life.end(moments.uniform(0, LIFE_SECONDS)) for life in lives))
-        await judge(engine, reaper, lives)
+    print("killed after:", *(f"{count} × {word}" for word, count in Counter(last).most_common()))
