@@ -45,7 +45,7 @@ class Leftovers:
             "network device": lambda: {name for name in os.listdir("/sys/class/net") if not slots.fine(name)},
             "disk or directory": lambda: {str(path) for path in engine.pool.vms.iterdir()},
             "draft": lambda: {str(path) for path in engine.pool.staging.iterdir()},
-            "socket": _sockets,
+            "socket": lambda: _sockets(running, slots),
             "loop device": lambda: {path.parent.name for path in Path("/sys/block").glob("loop*/loop")},
         }
         return cls({kind: search() for kind, search in searches.items()})
@@ -165,11 +165,27 @@ def _namespaces(running: Sequence[Seen], slots: _Slots) -> set[str]:
     return {f"name {path.name}" for path in names} | {f"inode {inode}" for inode in lived_in}
 
 
-def _sockets() -> set[str]:
-    """Unix sockets of VMMs by inode; they are bound through a short path, so only the last part is known."""
+def _sockets(running: Sequence[Seen], slots: _Slots) -> set[str]:
+    """Unix sockets of VMMs by inode; they are bound through a short path, so only the last part is known.
+
+    Those of a VMM in a slot that is as it should be are its own."""
     found: set[str] = set()
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
         fields = line.split()
         if len(fields) == 8 and fields[7].endswith(("/agent.sock", "/qmp.sock", "/console.sock")):
             found.add(f"inode {fields[6]} {fields[7]}")
-    return found
+    if not found:
+        return found
+    inhabitants = [
+        p.pid for p in running if 0 <= p.uid - UID_BASE < SLOTS and slots.is_fine(p.uid - UID_BASE)
+    ]
+    theirs = set[str]().union(*map(_socket_inodes, inhabitants))
+    return {socket for socket in found if socket.split()[1] not in theirs}
+
+
+def _socket_inodes(pid: int) -> set[str]:
+    try:
+        links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+    except OSError:
+        return set()
+    return {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
