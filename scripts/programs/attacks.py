@@ -9,8 +9,10 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator
 
+import msgspec
+
 from vmm_core.engine import Engine
-from vmm_core.machine import Snapshot
+from vmm_core.machine import Network, Snapshot
 from vmm_core.vm import RunningVm
 
 # The agent's port is open already and opens only once: the attacker takes the agent's own descriptor.
@@ -104,7 +106,7 @@ async def latencies_ms(vm: RunningVm, count: int) -> list[float]:
 @contextlib.asynccontextmanager
 async def under_attack(engine: Engine, parent: Snapshot, name: str) -> AsyncGenerator[RunningVm]:
     """A VM that does the attack ``name`` for as long as the block lasts."""
-    async with engine.fork(parent, ttl=300) as attacker:
+    async with engine.fork(_on_the_internet(parent), ttl=300) as attacker:
         program = ATTACKS[name].encode()
         await attacker.put("/root/attack.py", program, user="root")
         attack = await attacker.start(
@@ -115,6 +117,15 @@ async def under_attack(engine: Engine, parent: Snapshot, name: str) -> AsyncGene
             yield attacker
         finally:
             attack.release()
+
+
+def _on_the_internet(parent: Snapshot) -> Snapshot:
+    """The parent, its forks open to as much as a slot ever opens: an attacker is not to be held by a short list."""
+    machine = parent.manifest.machine
+    if machine.network.mode == "none":
+        return parent
+    opened = machine.on(Network("internet"))
+    return msgspec.structs.replace(parent, manifest=msgspec.structs.replace(parent.manifest, machine=opened))
 
 
 async def neighbour_ms(
