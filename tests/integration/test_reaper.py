@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.programs.leftovers import Leftovers
 from vmm_core import cgroup
 from vmm_core.engine import Engine
 from vmm_core.machine import Snapshot
@@ -29,6 +30,7 @@ LINES = 60
 
 OWNER = """
 import asyncio, json, sys
+from scripts.programs.leftovers import Leftovers
 from vmm_core import cgroup
 from vmm_core.engine import Engine
 from vmm_core.machine import EgressRule
@@ -206,16 +208,35 @@ async def test_a_start_that_was_cut_short_takes_its_slot_along(
 ) -> None:
     reaper = await engine.reaper()
     directory = tmp_path / "pool" / "vms" / "vm-elsewhere"
+    directory.mkdir(parents=True)
     async with running(STRANGER, str(tmp_path), str(directory)) as owner:
         number, pid, ticks = json.loads(await heard(owner))
         await three_passes(reaper, number)
         assert one(pid, ticks), "its owner lives"
+        assert not left_of(engine, number, pid)
         owner.kill()
+    directory.rmdir()
+    assert left_of(engine, number, pid) >= {"process", "claim", "network namespace"}
     await reaper.sweep()
     assert one(pid, ticks), "seen once"
     assert str(number) in [orphan.name for orphan in await reaper.sweep()]
     assert one(pid, ticks) is None
     await gone(number)
+
+
+def left_of(engine: Engine, number: int, pid: int) -> set[str]:
+    """The kinds of leftovers that are of this slot and this process."""
+    found = Leftovers.look(engine).found
+    return {
+        *(["process"] if any(line.startswith(f"{pid} ") for line in found["process"]) else []),
+        *(["claim"] if any(line.startswith(f"slot {number} ") for line in found["claim"]) else []),
+        *(
+            ["control group"]
+            if any(line.endswith(f"microvm/{number}") for line in found["control group"])
+            else []
+        ),
+        *(["network namespace"] if f"name mv-{number}" in found["network namespace"] else []),
+    }
 
 
 async def three_passes(reaper: Reaper, number: int) -> None:
