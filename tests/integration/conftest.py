@@ -24,6 +24,8 @@ async def engine(data_dir: Path) -> AsyncIterator[Engine]:
     async with Engine.open(data_dir) as opened:
         for vm in await opened.adopt():  # an earlier run that was killed
             await vm.destroy()
+        for frozen in opened.frozen():
+            await opened.discard(frozen.id)
         yield opened
         for vm in opened.vms():
             await vm.destroy()

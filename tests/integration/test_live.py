@@ -170,9 +170,13 @@ async def test_a_capture_costs_its_private_pages_and_blocks_on_disk(
         private = (await vm.usage()).private_dirty_bytes
         frozen = await vm.freeze()
     snapshot = engine.snapshots.load(frozen.digest)
-    memory, disk = (private_bytes(snapshot.path / name) for name in ("memory.img", "disk.img"))
+    memory = private_bytes(snapshot.path / "memory.img")
     assert 30 * MIB <= memory <= private + 8 * MIB
-    assert 20 * MIB <= disk <= 30 * MIB
+    async with asyncio.timeout(20):
+        # Its blocks are its own once XFS has let go of the VM's removed disk, which it does in the background.
+        while (disk := private_bytes(snapshot.path / "disk.img")) < 20 * MIB:
+            await asyncio.sleep(0.1)
+    assert disk <= 30 * MIB
     await engine.discard(frozen.id)
     assert not snapshot.path.exists()
 
@@ -203,15 +207,20 @@ async def test_a_machine_that_booted_is_forked_too(engine: Engine, minimal: Snap
 async def test_a_cancelled_fork_leaves_the_machine_running_and_nothing_else(
     engine: Engine, minimal: Snapshot
 ) -> None:
+    cancelled = 0
     async with engine.fork(minimal) as vm:
-        for delay in (0.0, 0.02, 0.08, 0.15, 0.3):
+        for delay in (0.0, 0.02, 0.05, 0.08, 0.15, 0.3):
             forking = asyncio.create_task(vm.fork_many(2))
             await asyncio.sleep(delay)
             forking.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await forking
+            try:
+                for child in await forking:  # it was quicker
+                    await child.destroy()
+            except asyncio.CancelledError:
+                cancelled += 1
             assert (await vm.exec("echo fine", timeout=30)).stdout == b"fine\n"
         assert [each.id for each in engine.vms()] == [vm.id]
+    assert cancelled >= 2
 
 
 @pytest.mark.parametrize("step", ["pause", "save_devices", "resume"])
