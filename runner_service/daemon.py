@@ -71,7 +71,13 @@ async def serve(settings: Settings) -> None:
         stack.enter_context(_only_one(settings.data_dir))
         listening = stack.enter_context(_listen(settings.listen))
         store = await stack.enter_async_context(Store.open(database_url(settings)))
-        engine = await stack.enter_async_context(Engine.open(settings.data_dir, reap_every=EVERY_SECONDS))
+        engine = await stack.enter_async_context(
+            Engine.open(
+                settings.data_dir,
+                resolvers=settings.runners.resolvers or None,
+                reap_every=EVERY_SECONDS,
+            )
+        )
         http = await stack.enter_async_context(_http())
         service = Service(settings, store, engine, http)
         await stack.enter_async_context(service.running(listening, stopping))

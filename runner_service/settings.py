@@ -8,6 +8,7 @@ Secrets are never values here: a setting names the file or the environment varia
 """
 
 import difflib
+import ipaddress
 import math
 import os
 import re
@@ -86,13 +87,17 @@ class Egress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Runners(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Capacity and deadlines. Seconds and MiB. ``memory_mib`` 0 means 80 % of what the host has available at start."""
+    """Capacity and deadlines. Seconds and MiB. ``memory_mib`` 0 means 80 % of what the host has available at start.
+
+    ``resolvers`` are IPv4 name servers that jobs open to the internet may ask (none: those of the host).
+    """
 
     default_template: str = "github-runner"
     max_vms: int = 8
     memory_mib: int = 0
     extra_labels: tuple[str, ...] = ()
     egress: tuple[Egress, ...] = ()
+    resolvers: tuple[str, ...] = ()
     name_prefix: str = "microvm"
     log_limit_mib: int = 64
     wanted_limit_s: float = 86400.0
@@ -299,12 +304,23 @@ def _check_values(settings: Settings, origin: str) -> None:
         check_network(Network("list", allow))
     except BadRequest as error:
         raise SettingsError(f"{origin}: [[runners.egress]]: {error}") from error
+    for resolver in runners.resolvers:
+        if not _is_ipv4(resolver):
+            raise SettingsError(f"{origin}: [runners] resolvers: {resolver!r} is no IPv4 address")
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", runners.name_prefix):
         raise SettingsError(
             f"{origin}: [runners] name_prefix: lower-case letters, digits and '-', at most 32"
         )
     if github is not None:
         _check_github(github, origin)
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        ipaddress.IPv4Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_numbers(table: msgspec.Struct, where: str) -> None:

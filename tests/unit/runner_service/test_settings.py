@@ -66,6 +66,7 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
         ("[[runners.egress]]\nhost = 'x'\nport = 1\nvia = 'y'\n", ["'y'", "host:port"]),
         ("[[runners.egress]]\nhost = 'x'\nprot = 1\n", ["[[runners.egress]]", "'prot'", "'port'"]),
         ("[[runners.egress]]\nqqq = 1\n", ["'qqq'", "host, port, via"]),
+        ("[runners]\nresolvers = ['dns.example']\n", ["[runners] resolvers", "'dns.example'", "IPv4"]),
         ("[service]\ndatabase_url = 'postgresql://h/d?password=p'\n", ["database_url_env"]),
         ("[github]\n", ["[github]", "token_file"]),
         ("[github]\napp_id = '1'\n", ["app_id", "private_key_file"]),
