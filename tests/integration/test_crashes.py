@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="what is left behind is looked for on the whole host"),
 ]
 
-CRASHES = int(os.environ.get("MICROVM_CRASHES", "20"))
+CRASHES = int(os.environ.get("MICROVM_CRASHES", "10"))
 SEED = int(os.environ.get("MICROVM_CRASH_SEED", str(random.SystemRandom().randrange(1 << 32))))
 LIFE_SECONDS = 1.2
 BOOT_EVERY = 3
