@@ -66,7 +66,12 @@ def test_the_library_example_runs(data_dir: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert re.match(r"0 hello from vm-[0-9a-f]{12}\n \d+ ms", result.stdout)
+    vm = "vm-[0-9a-f]{12}"
+    child, thawed = (
+        rf"0 started in ({vm})\n(?!\1){vm}\n \d+ ms\n",
+        r"started in \1\n VmUsage\(private_dirty_bytes=",
+    )
+    assert re.match(child + thawed, result.stdout), result.stdout
 
 
 def test_the_recipe_it_shows_is_one(tmp_path: Path) -> None:
