@@ -37,6 +37,12 @@ Ended = dict[str, tuple[Job, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
+def max_vms() -> int:
+    """All jobs of this module are queued at once: what they wait for shall be the forge, not room."""
+    return 16
+
+
+@pytest.fixture(scope="module")
 async def ended(stage: Stage, engine: Engine) -> Ended:
     """One job a fault, all queued at once, until the last one's runner is gone."""
     before = Leftovers.look(engine)
