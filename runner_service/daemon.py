@@ -47,7 +47,6 @@ from vmm_core.accounting import host_available_mib
 from vmm_core.engine import Engine
 from vmm_core.errors import UnknownTemplate, VmmError
 from vmm_core.machine import EgressRule
-from vmm_core.reaper import EVERY_SECONDS
 
 log = structlog.get_logger("daemon")
 
@@ -75,7 +74,7 @@ async def serve(settings: Settings) -> None:
             Engine.open(
                 settings.data_dir,
                 resolvers=settings.runners.resolvers or None,
-                reap_every=EVERY_SECONDS,
+                reap_every=settings.runners.reap_every_s,
             )
         )
         http = await stack.enter_async_context(_http())

@@ -89,7 +89,8 @@ class Egress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Runners(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Capacity and deadlines. Seconds and MiB. ``memory_mib`` 0 means 80 % of what the host has available at start.
 
-    ``resolvers`` are IPv4 name servers that jobs open to the internet may ask (none: those of the host).
+    ``resolvers`` are IPv4 name servers that jobs open to the internet may ask (none: those of the host). What nothing
+    owns on the host is looked for every ``reap_every_s``, and removed when it is seen twice.
     """
 
     default_template: str = "github-runner"
@@ -107,6 +108,7 @@ class Runners(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     job_limit_s: float = 21600.0
     exit_grace_s: float = 20.0
     retire_limit_s: float = 300.0
+    reap_every_s: float = 30.0
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,8 +2,8 @@
 
     prepared ahead ──take──► a VM's ──give_back──► cell and groups gone, slot scrubbed, used again
 
-On a host without the rights for slots and jails a berth is a plain process on the host's own network; ``why``
-says what is missing.
+On a host without the rights for slots and jails a berth is a plain process on the host's own network
+(``microvm doctor`` says what is missing).
 """
 
 import asyncio
@@ -44,10 +44,9 @@ class Berth(msgspec.Struct, frozen=True):
 class Berths:
     """Hands berths out and takes them back. Made by ``open_berths``."""
 
-    def __init__(self, jailer: Jailer, slots: SlotPool | None, why: str, *, kvm: bool) -> None:
+    def __init__(self, jailer: Jailer, slots: SlotPool | None, *, kvm: bool) -> None:
         self.jailer = jailer
         self.slots = slots
-        self.why = why
         self._kvm = kvm
         self._ready: deque[Berth] = deque()
         self._usual: Limits | None = None
@@ -55,10 +54,6 @@ class Berths:
         self._starting = 0
         self._calmed = asyncio.Event()
         self._calmed.set()
-
-    @property
-    def jailed(self) -> bool:
-        return self.slots is not None
 
     def check(self, network: Network) -> None:
         """Raise BadRequest, naming what is wrong, unless a VM here can have this network."""
@@ -139,7 +134,6 @@ class Berths:
             await asyncio.gather(self._filling, return_exceptions=True)
         await asyncio.gather(*(self.give_back(berth) for berth in self._ready), return_exceptions=True)
         self._ready.clear()
-        await self.jailer.close()
 
     async def _take(self, limits: Limits) -> Berth:
         self._usual = limits
@@ -208,7 +202,7 @@ async def open_berths(
             if why is not None
             else await stack.enter_async_context(SlotPool.open(_SLOTS_AHEAD, resolvers=resolvers))
         )
-        berths = Berths(jailer, pool, why or "", kvm=kvm)
+        berths = Berths(jailer, pool, kvm=kvm)
         try:
             yield berths
         finally:

@@ -135,11 +135,9 @@ class Cgroups(msgspec.Struct, frozen=True):
         """How many processes of the group the kernel has killed for want of memory."""
         for directory in self.group(number):
             for name in ("memory.events", "memory.oom_control"):
-                with contextlib.suppress(OSError):
-                    for line in (directory / name).read_text().splitlines():
-                        key, _, value = line.partition(" ")
-                        if key == "oom_kill":
-                            return int(value)
+                count = oom_kills_in(directory / name)
+                if count is not None:
+                    return count
         return 0
 
     async def remove(self, number: int | str) -> None:
@@ -159,6 +157,16 @@ class Cgroups(msgspec.Struct, frozen=True):
                         pause *= 2
                     else:
                         break
+
+
+def oom_kills_in(path: Path) -> int | None:
+    """The ``oom_kill`` line of memory.events, memory.oom_control or /proc/vmstat; None where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return None
 
 
 def settings(hierarchy: Hierarchy, limits: Limits) -> list[tuple[str, str]]:

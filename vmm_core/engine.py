@@ -34,7 +34,7 @@ from vmm_core.errors import (
     UnknownVm,
 )
 from vmm_core.ledger import Ledger
-from vmm_core.live import Live, new_identity
+from vmm_core.live import Live
 from vmm_core.machine import (
     Accel,
     BootImage,
@@ -51,7 +51,7 @@ from vmm_core.machine import (
 )
 from vmm_core.process import VmmProcess
 from vmm_core.reaper import Reaper, reap_on
-from vmm_core.record import read_records, try_lock
+from vmm_core.record import new_identity, read_records, try_lock
 from vmm_core.residents import Residents
 from vmm_core.snapshot import SnapshotStore, file_sizes
 from vmm_core.start import Order, Starter
@@ -325,13 +325,7 @@ class Engine:
             await self._adoption.clear(self.pool.vms / vm_id)
             os.close(lock)
 
-    # ── machines that run ────────────────────────────────────────────────────────────────────────
-
-    async def fork_live(
-        self, vm: RunningVm, count: int = 1, *, ttl: float = 3600.0, metadata: Mapping[str, str] | None = None
-    ) -> list[RunningVm]:
-        """``count`` children of a machine that runs on, in one short pause of it (see ``RunningVm.fork_many``)."""
-        return await self._live.fork(vm, count, ttl=ttl, metadata=metadata)
+    # ── frozen machines ──────────────────────────────────────────────────────────────────────────
 
     def frozen(self) -> list[Frozen]:
         """Every frozen VM of the data directory, oldest first."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from vmm_core.cgroup import oom_kills_in
 from vmm_core.machine import ExitCause, VmEvent, VmExit, VmUsage
 
 PANIC_BYTES = 4096
@@ -188,7 +189,7 @@ class OomWitness:
 
     def look(self) -> None:
         """Take the counts of now as what was before the end."""
-        self._counts = {path: count for path in self._sources if (count := _oom_kills(path)) is not None}
+        self._counts = {path: count for path in self._sources if (count := oom_kills_in(path)) is not None}
 
     def testimony(self, log: Path = Path("/dev/kmsg")) -> str | None:
         """Why the kernel killed it, in one sentence; None when it did not, as far as can be told. Blocking."""
@@ -198,7 +199,7 @@ class OomWitness:
             whose = "it reached the memory limit of its cgroup" if limited else "the host ran out of memory"
             return f"the kernel killed the VMM because {whose}"
         for path, before in self._counts.items():
-            if (_oom_kills(path) or 0) > before:
+            if (oom_kills_in(path) or 0) > before:
                 return "the host ran out of memory and the kernel killed a process, most likely this VMM"
         return None
 
@@ -215,16 +216,6 @@ def oom_counters(pid: int) -> list[Path]:
             elif controllers == "memory" and inside:
                 found.append(Path("/sys/fs/cgroup/memory") / inside / "memory.oom_control")
     return [*found, Path("/proc/vmstat")]
-
-
-def _oom_kills(path: Path) -> int | None:
-    """The ``oom_kill`` line of memory.events, memory.oom_control or /proc/vmstat; None where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in path.read_text().splitlines():
-            name, _, count = line.partition(" ")
-            if name == "oom_kill":
-                return int(count)
-    return None
 
 
 def _logged(log: Path, pid: int, since: float) -> str | None:

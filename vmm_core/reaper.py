@@ -40,7 +40,6 @@ from vmm_core.processes import Seen
 from vmm_core.record import read_records
 from vmm_core.snapshot import MANIFEST, SnapshotStore
 
-EVERY_SECONDS = 30.0
 MOST_IN_ONE_PASS = 64
 
 _log = logging.getLogger(__name__)

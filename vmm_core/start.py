@@ -9,7 +9,6 @@ import contextlib
 import errno
 import functools
 import os
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -216,8 +215,6 @@ class Starter:
 def revival(identity: Identity, network: Network) -> Revive:
     return Revive(
         token=identity.id,
-        entropy=secrets.token_bytes(64),
-        time_ns=time.time_ns(),
         hostname=identity.hostname,
         machine_id=identity.machine_id,
         boot_id=identity.boot_id,

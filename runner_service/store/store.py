@@ -87,7 +87,7 @@ class Store:
         return await self._to_its_end(self._write(work))
 
     async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Do ``work`` on what was committed before; nothing may be written. Finished like ``write``."""
+        """Do ``work`` on what is committed at one moment; nothing may be written. Finished like ``write``."""
         return await self._to_its_end(self._read(work))
 
     @contextlib.asynccontextmanager
@@ -187,7 +187,7 @@ def _engines(url: sa.URL, *, read_only: bool) -> tuple[AsyncEngine, AsyncEngine]
     if url.get_backend_name() == "sqlite":
         return _sqlite(url, read_only=read_only)
     engine = create_async_engine(url, pool_size=5, json_serializer=_dump, json_deserializer=_load)
-    return engine, engine
+    return engine, engine.execution_options(isolation_level="REPEATABLE READ")
 
 
 def _sqlite(url: sa.URL, *, read_only: bool) -> tuple[AsyncEngine, AsyncEngine]:
@@ -212,7 +212,13 @@ def _sqlite(url: sa.URL, *, read_only: bool) -> tuple[AsyncEngine, AsyncEngine]:
     reader = create_async_engine(url, pool_size=2, max_overflow=2, **options)
     for engine in (writer, reader):
         _set_pragmas(engine, read_only=read_only)
+    # The driver begins a transaction at the first write only: without this each statement would see its own moment.
+    listen(reader.sync_engine, "begin", _begin)
     return writer, reader
+
+
+def _begin(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
 
 
 def _set_pragmas(engine: AsyncEngine, *, read_only: bool) -> None:

@@ -33,6 +33,9 @@ FORGE_HOST = "forge.test"
 _START_SECONDS = 60.0
 _JOB_SECONDS = 180.0
 _CALM_SECONDS = 0.2
+_REAP_SECONDS = (
+    2.0  # what a killed service leaves is gone after two passes: nobody should wait a minute for it
+)
 
 # What users copy is what is played.
 WORKFLOW = (Path(__file__).parents[2] / "workflows" / "github-python.yml").read_text()
@@ -161,7 +164,7 @@ class Stage:
                 )
             )
             await forge.add_repository(await make_repository(work, files), owner=OWNER, name=REPOSITORY)
-            settings = {"max_vms": max_vms, **limits}
+            settings = {"max_vms": max_vms, "reap_every_s": _REAP_SECONDS, **limits}
             config = _write_config(work, engine.data_dir, port, forge, secret, settings)
             log = work / "service.log"
             stage = cls(forge, await _start(config, log), url, config, log)

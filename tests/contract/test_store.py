@@ -222,6 +222,15 @@ async def test_work_whose_caller_is_cancelled_is_finished_and_costs_no_connectio
         assert len(await store.read(lambda db: q.pending_deliveries(db, 1000))) > 1
 
 
+async def test_a_reader_sees_one_moment_whatever_is_written_meanwhile(store: Store) -> None:
+    async with store.reading() as db:
+        assert await q.list_jobs(db, limit=5) == []
+        await store.write(lambda writer: q.save_jobs(writer, [job(1)]))
+        assert await q.list_jobs(db, limit=5) == []
+    async with store.reading() as db:
+        assert len(await q.list_jobs(db, limit=5)) == 1
+
+
 async def test_deciders_take_turns(store: Store) -> None:
     order: list[str] = []
 

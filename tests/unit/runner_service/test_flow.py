@@ -69,7 +69,9 @@ async def test_a_job_cancelled_before_pick_up_releases_its_runner(tmp_path: Path
     world.host.fork_seconds = 0.1
     async with world.running() as service:
         job = world.forge.queue()
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(10):
+            while not await service.runners():
+                await asyncio.sleep(0.005)
         world.forge.cancel(job)
         await world.until_quiet()
         story = await service.story(job.id)
