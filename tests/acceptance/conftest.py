@@ -21,8 +21,9 @@ from vmm_core.machine import Snapshot, VmRecord
 
 # What a slow machine under load may take for what takes a second elsewhere.
 PATIENCE = 120.0
-# Short where GitHub is slow, so that a test of a lost runner does not wait ten minutes.
-TIMES = Times(session=5.0, lost_runner=5.0)
+# Short where GitHub is slow, so that a test of a lost runner does not wait ten minutes. A poll of a VM that was killed
+# stays open: its end tells nobody.
+TIMES = Times(session=5.0, lost_runner=5.0, poll=5.0)
 
 
 @pytest.fixture(scope="session")

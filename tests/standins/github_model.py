@@ -136,5 +136,6 @@ class Times:
     registration: float = 300.0
     lost_runner: float = 600.0
     session: float = 60.0
+    poll: float = 50.0
     queued: float = 24 * 3600.0
     cancel: float = 300.0

@@ -23,7 +23,6 @@ from tests.standins.github_model import Job, Runner
 from tests.standins.github_state import Actions, Refused
 
 _PATH = re.compile(r"/_standin/(session|jobs)(?:/([^/]+))?(?:/([^/]+))?")
-MAX_WAIT = 50.0
 
 
 def jit_config(runner: Runner, guest_url: str) -> str:
@@ -96,7 +95,7 @@ class RunnerApi:
             self.actions.close_session(runner)
             return answer(200, {})
         if request.method == "GET" and verb == "message":
-            wait = min(float(request.query.get("wait", "0")), MAX_WAIT)
+            wait = min(float(request.query.get("wait", "0")), self.actions.times.poll)
             return await self._message(runner, wait)
         raise Refused(405, "Method Not Allowed")
 
