@@ -13,29 +13,26 @@ by one rename, and half-built directories are removed by the next bake.
 import contextlib
 import hashlib
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 
 import msgspec
 
 from images import rootfs
 from images.cache import Cache
-from images.errors import BakeFailed, BuildFailed
+from images.errors import BakeFailed
 from images.events import BakeEvent, Step
-from images.plan import Plan, make_plan, open_networks, settle_program
+from images.plan import Plan, make_plan, open_networks
 from images.recipe import Recipe
-from images.schema import WarmStep
+from images.steps import GuestWork, Steps
 from vmm_core.engine import Engine
-from vmm_core.errors import GuestError, UnknownVm, VmFailed
-from vmm_core.machine import BootImage, ExecResult, MachineSpec, Snapshot
+from vmm_core.errors import UnknownVm, VmFailed
+from vmm_core.machine import BootImage, MachineSpec, Snapshot
 from vmm_core.vm import RunningVm
 
 __all__ = ["BakeEvent", "Baked", "bake"]
 
-_TAIL_LINES = 20
 # Metadata key of a machine that is being baked; its value is the digest of the inputs.
 _BAKE = "bake"
-_PAGE_CACHE_PERCENT = 40
 # Where the files of a just-in-time configuration really are: in memory, where writing them is quick (it is on
 # the way of every job) and where no disk ever holds them.
 RUNNER_FILES = "/run/runner"
@@ -89,8 +86,7 @@ class _Bake:
         self._progress = progress
         self._cache = Cache(engine.data_dir / "cache")
         self._started = time.monotonic()
-        self._times: list[tuple[str, float]] = []
-        self._execs = 0
+        self._steps = Steps(progress)
 
     async def run(self, *, force: bool) -> Baked:
         plan = await self._plan()
@@ -112,7 +108,7 @@ class _Bake:
             snapshot=snapshot,
             cache_hit=False,
             seconds=time.monotonic() - self._started,
-            steps=tuple(self._times),
+            steps=self._steps.times,
         )
 
     async def _sweep(self) -> None:
@@ -137,14 +133,17 @@ class _Bake:
 
     async def _make(self, plan: Plan) -> Snapshot:
         image = await self._image(plan)
-        with self._named("egress") as step:
+        with self._steps.step("egress") as step:
             warm_network, job_network = await open_networks(self._recipe, step)
         async with self._booted(image, self._recipe.machine.on(warm_network), plan.inputs) as vm:
+            work = GuestWork(vm, self._steps)
             for warm in self._recipe.warm:
-                await self._warm(vm, warm)
-            version = await self._runner(vm) if self._recipe.runner is not None else None
-            await self._settle(vm)
-            with self._named("snapshot") as step:
+                await work.script(
+                    "warm", warm, advice=f"Correct it in recipe {self._recipe.name} and bake again."
+                )
+            version = await self._runner(work) if self._recipe.runner is not None else None
+            await work.settle(self._recipe.page_cache)
+            with self._steps.step("snapshot") as step:
                 step("saving memory and disk")
                 return await self._engine.snapshot(
                     vm,
@@ -162,14 +161,14 @@ class _Bake:
         return await self._image(await self._plan())
 
     async def _plan(self) -> Plan:
-        with self._named("check") as step:
+        with self._steps.step("check") as step:
             await self._sweep()
             return await make_plan(self._engine, self._cache, self._recipe, step)
 
     async def _image(self, plan: Plan) -> BootImage:
-        with self._named("packages") as step:
+        with self._steps.step("packages") as step:
             tree = await rootfs.get_packages(self._cache, plan.resolution, plan.wanted, step)
-        with self._named("rootfs") as step:
+        with self._steps.step("rootfs") as step:
             disk = await rootfs.get_disk(self._cache, tree, plan.kernel, plan.contents, step)
         return BootImage(kernel=plan.kernel.vmlinux, initrd=plan.kernel.initrd, disk=disk)
 
@@ -186,6 +185,7 @@ class _Bake:
             "template": recipe.name,
             "description": recipe.description,
             "inputs": plan.inputs,
+            "made.from": recipe.made_from,
             "labels": ",".join(recipe.github_labels),
             "suite": plan.resolution.archive.suite,
             "kernel": plan.kernel.version,
@@ -202,7 +202,7 @@ class _Bake:
     async def _booted(self, image: BootImage, machine: MachineSpec, inputs: str) -> AsyncGenerator[RunningVm]:
         limit = 1800.0 + sum(warm.timeout for warm in self._recipe.warm)
         async with contextlib.AsyncExitStack() as stack:
-            with self._named("boot") as step:
+            with self._steps.step("boot") as step:
                 step(f"booting {machine.vcpus} vCPU, {machine.memory_mib} MiB")
                 try:
                     vm = await stack.enter_async_context(
@@ -218,35 +218,12 @@ class _Bake:
                     ) from error
             yield vm
 
-    async def _warm(self, vm: RunningVm, warm: WarmStep) -> None:
-        with self._named(f"warm: {warm.name}") as step:
-            step(f"{warm.name} (as {warm.user}, at most {warm.timeout:g} s)")
-            argv = ["/bin/sh", "-eu", "-c", warm.run]
-            result, tail = await self._run(vm, step, argv, user=warm.user, env=warm.env, timeout=warm.timeout)
-            if result.timed_out:
-                raise BakeFailed(
-                    step.name,
-                    f"it was not done after {warm.timeout:g} s",
-                    advice=f"Make the step quicker, or raise the timeout of {warm.name!r} in the recipe.",
-                    status=result.code,
-                    output=tail,
-                )
-            if result.code != 0:
-                raise BakeFailed(
-                    step.name,
-                    f"its command exited with status {result.code}",
-                    advice=f"Correct the step {warm.name!r} of recipe {self._recipe.name} and bake again; "
-                    "what was built before it is cached.",
-                    status=result.code,
-                    output=tail,
-                )
-
-    async def _runner(self, vm: RunningVm) -> str:
+    async def _runner(self, work: GuestWork) -> str:
         """Ask the runner for its version, and let it warm itself up where it can. Returns the version."""
-        with self._named("runner") as step:
+        with self._steps.step("runner") as step:
             step("starting the runner once")
             argv = [_LISTENER, "--version"]
-            result, tail = await self._run(vm, step, argv, cwd=rootfs.RUNNER_DIR, timeout=_RUNNER_TIMEOUT_S)
+            result, tail = await work.run(step, argv, cwd=rootfs.RUNNER_DIR, timeout=_RUNNER_TIMEOUT_S)
             if result.code != 0 or not tail:
                 raise BakeFailed(
                     "runner",
@@ -257,7 +234,7 @@ class _Bake:
                 )
             version = tail[-1].strip()[:40]
             argv = ["/bin/sh", "-eu", "-c", _LINK_FILES]
-            result, tail = await self._run(vm, step, argv, user="root", timeout=_RUNNER_TIMEOUT_S)
+            result, tail = await work.run(step, argv, user="root", timeout=_RUNNER_TIMEOUT_S)
             if result.code != 0:
                 raise BakeFailed(
                     "runner",
@@ -268,84 +245,7 @@ class _Bake:
                 )
             step(f"warming up runner {version}")
             argv = [_LISTENER, "warmup"]
-            result, _ = await self._run(vm, step, argv, cwd=rootfs.RUNNER_DIR, timeout=_RUNNER_TIMEOUT_S)
+            result, _ = await work.run(step, argv, cwd=rootfs.RUNNER_DIR, timeout=_RUNNER_TIMEOUT_S)
             if result.code != 0:
                 step(f"runner {version} has no warmup command (status {result.code}): less of it is warm")
             return version
-
-    async def _settle(self, vm: RunningVm) -> None:
-        with self._named("settle") as step:
-            step("filling the page cache and zeroing free memory")
-            argv = ["/usr/bin/python3", "-I", "-S", "-c", settle_program().decode(), str(_PAGE_CACHE_PERCENT)]
-            argv += self._recipe.page_cache
-            result, tail = await self._run(vm, step, argv, user="root", timeout=300)
-            if result.code != 0:
-                raise BakeFailed(
-                    "settle",
-                    f"it exited with status {result.code}",
-                    advice="Give the machine more memory.",
-                    output=tail,
-                )
-
-    async def _run(
-        self,
-        vm: RunningVm,
-        step: Step,
-        argv: Sequence[str],
-        *,
-        timeout: float,
-        user: str = "runner",
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-    ) -> tuple[ExecResult, list[str]]:
-        """Run a command in the guest, pass its lines on, and return its end and its last lines."""
-        tail: deque[str] = deque(maxlen=_TAIL_LINES)
-        self._execs += 1
-        try:
-            process = await vm.start(
-                argv,
-                exec_id=f"bake-{self._execs}",
-                user=user,
-                env=env,
-                cwd=cwd,
-                timeout=timeout,
-            )
-            pending = {"stdout": b"", "stderr": b""}
-            async for piece in process.output():
-                *lines, rest = (pending[piece.stream] + piece.data).replace(b"\r", b"\n").split(b"\n")
-                pending[piece.stream] = rest[-4096:]
-                for line in lines:
-                    _tell(line, tail, step)
-            for line in pending.values():
-                _tell(line, tail, step)
-            return await process.wait(timeout=60), list(tail)
-        except (VmFailed, GuestError) as error:
-            raise BakeFailed(
-                step.name,
-                str(error),
-                advice="The machine did not survive the step: has it enough memory?",
-                output=tail,
-            ) from error
-
-    @contextlib.contextmanager
-    def _named(self, name: str) -> Generator[Step]:
-        """A step with a name and a duration; a part that could not be built is told as the step's failure."""
-        started = time.monotonic()
-        try:
-            yield Step(name, self._progress)
-        except BuildFailed as error:
-            raise BakeFailed(
-                name,
-                error.message,
-                advice="Correct that and bake again; what is finished is kept.",
-                output=error.output,
-            ) from error
-        self._times.append((name, time.monotonic() - started))
-
-
-def _tell(line: bytes, tail: deque[str], step: Step) -> None:
-    text = line.decode(errors="replace").rstrip()
-    clean = "".join(char if char.isprintable() or char == "\t" else "?" for char in text)[:2000]
-    if clean:
-        tail.append(clean)
-        step.log(clean)

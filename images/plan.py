@@ -105,7 +105,9 @@ def normalised(recipe: Recipe) -> str:
     """
     files = tuple(msgspec.structs.replace(item, source=None, content="") for item in recipe.files)
     runner = RunnerSource() if recipe.runner is not None else None
-    stripped = msgspec.structs.replace(recipe, files=files, runner=runner, origin=(), description="")
+    stripped = msgspec.structs.replace(
+        recipe, files=files, runner=runner, origin=(), made_from="", description=""
+    )
     return msgspec.json.encode(stripped, order="sorted").decode()
 
 

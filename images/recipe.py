@@ -35,7 +35,8 @@ class Recipe(msgspec.Struct, frozen=True):
 
     ``machine.network`` is a card when any egress is listed; what it is open to is filled in at the bake, because
     ``package-registries`` is known only then. ``page_cache`` are globs of files read before the snapshot.
-    ``labels`` are GitHub labels besides those every template has.
+    ``labels`` are GitHub labels besides those every template has. ``made_from`` is what it was loaded from (see
+    ``load_again``).
     """
 
     name: str
@@ -53,6 +54,7 @@ class Recipe(msgspec.Struct, frozen=True):
     runner: RunnerSource | None = None
     labels: tuple[str, ...] = ()
     origin: tuple[str, ...] = ()
+    made_from: str = ""
 
     @property
     def github_labels(self) -> tuple[str, ...]:
@@ -89,7 +91,26 @@ def load_recipe(name_or_path: str, *, overrides: Mapping[str, str] | None = None
         whole = RecipeFile(path="override", values=_absolute(merged, Path.cwd()), lines={})
     source = convert(whole, strict=not overrides)
     check(source, whole)
-    return _finish(source, tuple(Path(file.path).name for file in chain))
+    name = name_or_path if name_or_path in shipped_recipes() else str(chain[-1].path)
+    made_from = msgspec.json.encode(_MadeFrom(name, _from_anywhere(overrides or {}))).decode()
+    return _finish(source, tuple(Path(file.path).name for file in chain), made_from)
+
+
+def load_again(made_from: str) -> Recipe:
+    """The recipe that ``Recipe.made_from`` tells of, as it is now. Errors as ``load_recipe``."""
+    words = msgspec.json.decode(made_from, type=_MadeFrom)
+    return load_recipe(words.recipe, overrides=words.overrides)
+
+
+def _from_anywhere(overrides: Mapping[str, str]) -> dict[str, str]:
+    """The overrides, their paths no longer relative to this directory."""
+    path = "runner.tarball"
+    return {key: str(Path.cwd() / value) if key == path else value for key, value in overrides.items()}
+
+
+class _MadeFrom(msgspec.Struct, frozen=True):
+    recipe: str
+    overrides: dict[str, str]
 
 
 def _read_chain(name_or_path: str) -> list[RecipeFile]:
@@ -175,7 +196,7 @@ def _absolute(values: dict[str, Plain], base: Path) -> dict[str, Plain]:
     return result
 
 
-def _finish(source: Source, origin: tuple[str, ...]) -> Recipe:
+def _finish(source: Source, origin: tuple[str, ...], made_from: str) -> Recipe:
     online = bool(source.egress or source.warm_egress)
     return Recipe(
         name=source.name,
@@ -204,6 +225,7 @@ def _finish(source: Source, origin: tuple[str, ...]) -> Recipe:
         runner=source.runner,
         labels=_once(source.labels),
         origin=origin,
+        made_from=made_from,
     )
 
 

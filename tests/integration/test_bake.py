@@ -184,7 +184,7 @@ async def test_a_failing_step_names_itself_its_status_and_its_last_words(baker, 
 @pytest.mark.usefixtures("nothing_left")
 async def test_a_step_that_takes_too_long_is_ended(baker, unique):
     path = baker.recipe(unique("slow"), "warm: [{name: sleep, timeout: 1, run: 'echo begun; sleep 60'}]\n")
-    with pytest.raises(BakeFailed, match="raise the timeout of 'sleep'") as caught:
+    with pytest.raises(BakeFailed, match="raise its time-out") as caught:
         await baker(path)
     assert caught.value.output == ("begun",)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from images.errors import RecipeError
-from images.recipe import load_recipe, shipped_recipes
+from images.recipe import load_again, load_recipe, shipped_recipes
 from images.schema import parse_egress, parse_size
 
 
@@ -211,3 +211,15 @@ def test_an_egress_is_a_name_or_an_address_and_a_port(text, host, port):
 def test_what_is_no_egress_is_refused(text):
     with pytest.raises(ValueError, match="is not host:port"):
         parse_egress(text)
+
+
+def test_what_a_recipe_was_made_from_makes_it_again_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yml").write_text("name: own\nextends: github-runner\npackages: [tree]\n")
+    made = load_recipe("./own.yml", overrides={"runner.tarball": "runner.tar.gz", "machine.memory": "1 GiB"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = load_again(made.made_from)
+    assert again == made
+    assert again.runner is not None
+    assert again.runner.tarball == str(tmp_path / "runner.tar.gz")
