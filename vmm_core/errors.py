@@ -10,7 +10,8 @@
     ├── BadRequest           the caller asked for something that cannot be
     │   ├── UnknownTemplate    no template of that name or digest
     │   ├── UnknownVm          no VM of that id
-    │   └── SnapshotInUse      VMs or other snapshots stand on it
+    │   ├── SnapshotInUse      VMs or other snapshots stand on it
+    │   └── WrongOwner         a snapshot of one owner was asked for by, or for, another
     ├── SnapshotInvalid      a snapshot's files do not fit its manifest or this host
     ├── VmFailed             this one VM is of no use any more
     │   ├── BootFailed         never said hello
@@ -73,6 +74,10 @@ class UnknownVm(BadRequest):
 
 class SnapshotInUse(BadRequest):
     code: ClassVar[str] = "snapshot_in_use"
+
+
+class WrongOwner(BadRequest):
+    code: ClassVar[str] = "wrong_owner"
 
 
 class SnapshotInvalid(VmmError):

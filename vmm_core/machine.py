@@ -78,8 +78,9 @@ class Manifest(msgspec.Struct, frozen=True):
     ``labels`` are the publisher's own words (template name, runner version, …).
 
     ``state``: what ``state.bin`` holds, a whole migration without the memory, or the devices alone (captured from
-    a machine that ran on). ``base``: the snapshot whose blocks its files share. ``ephemeral``: it goes when
+    a fork). ``base``: the snapshot whose blocks its files share. ``ephemeral``: it goes when
     nothing stands on it any more. ``checks``: SHA-256 of small files; ``seal``: SHA-256 of the manifest itself.
+    ``owner``: the only one for whom it is forked (None: anybody).
     """
 
     digest: str
@@ -97,6 +98,7 @@ class Manifest(msgspec.Struct, frozen=True):
     frozen: "Frozen | None" = None
     checks: dict[str, str] = {}
     seal: str = ""
+    owner: str | None = None
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -126,6 +128,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     which ``host_boot`` (its boot id) names.
     Times are Unix seconds. ``metadata`` are the caller's tags. ``argv_digest``, ``cpu_model`` and ``vmm_version``
     are what a snapshot of it will be tied to (see Manifest). ``slot`` is the number of the slot it runs in.
+    ``owner`` is for whom it runs: what is made of it is forked for no other (None: anybody).
     """
 
     id: str
@@ -146,6 +149,7 @@ class VmRecord(msgspec.Struct, frozen=True):
     cpu_model: str = ""
     vmm_version: str = ""
     slot: int | None = None
+    owner: str | None = None
 
     @property
     def identity(self) -> Identity:

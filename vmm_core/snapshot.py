@@ -2,7 +2,6 @@
 
     staging/<random>/ filled ──► manifest.json written last ──► renamed to snapshots/<digest>/
     staging/<random>/ disk and devices ──place──► snapshots/<digest>/, held ──► memory, then its manifest
-    names/<name> is a symbolic link to a digest, replaced by rename
 
 What is not in ``snapshots/`` under its digest with a manifest does not exist, whatever crashed. Who uses a
 snapshot that no record tells of yet holds it: a shared lock on its directory. What VMs, other snapshots or
@@ -24,16 +23,16 @@ from typing import Any
 
 import msgspec
 
-from vmm_core.disk import Pool
+from vmm_core.disk import Pool, private_bytes
 from vmm_core.drivers.base import MEMORY, STATE, SUMS
 from vmm_core.errors import BadRequest, SnapshotInUse, SnapshotInvalid, UnknownTemplate
 from vmm_core.machine import Manifest, Snapshot
 from vmm_core.memory import load_sealed
+from vmm_core.names import Names, check_name
 from vmm_core.record import read_records
 
 MANIFEST = "manifest.json"
 _CHECKED_BYTES = 4 << 20
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{16,64}")
 
 
@@ -42,6 +41,7 @@ class SnapshotStore:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._names = Names(pool.names)
 
     @contextlib.contextmanager
     def draft(self) -> Generator[Path]:
@@ -169,28 +169,33 @@ class SnapshotStore:
         raise UnknownTemplate(
             f"there is no template {ref!r}"
             + (f" (there is: {known})" if known else " (none is baked yet)")
-            + f": make it with microvm bake {ref}"
+            + f": make it with microvm bake {'--repo URL' if '@' in ref else ref}"
         )
 
     def names(self) -> dict[str, str]:
         """Every name and the digest it stands for."""
-        found: dict[str, str] = {}
-        for path in self._pool.names.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if path.is_symlink() and not path.name.startswith("."):
-                    found[path.name] = path.readlink().name
-        return found
+        return self._names.all()
 
     def set_name(self, name: str, digest: str) -> None:
-        """Let ``name`` stand for ``digest`` from now on; one rename, so it never stands for nothing."""
-        if not _NAME.fullmatch(name):
-            raise BadRequest(
-                f"{name!r} is no template name: lower-case letters, digits, '.', '_' and '-', at most 100"
-            )
+        """Let ``name``, a template's or ``owner/repo@branch``, stand for ``digest`` from now on, and never for nothing.
+
+        Raises BadRequest when that is no name, and what ``load`` raises.
+        """
+        check_name(name)
         self.load(digest)
-        draft = self._pool.names / f".{name}.{uuid.uuid4().hex[:8]}"
-        draft.symlink_to(Path("..") / "snapshots" / digest)
-        draft.replace(self._pool.names / name)
+        self._names.set(name, digest)
+
+    def unset_name(self, name: str) -> None:
+        """Let ``name`` stand for nothing. What it stood for stays."""
+        self._names.unset(name)
+
+    def private_bytes(self, digest: str) -> int:
+        """Bytes of the pool that this snapshot alone holds: what its removal gives back. Blocking: it reads extents.
+
+        What it shares with its base, with snapshots that stand on it or with the disks of VMs is not counted. The
+        blocks of a file that has just been removed may count as shared for some tenths of a second more.
+        """
+        return sum(private_bytes(path) for path in self.load(digest).path.iterdir())
 
     def frozen(self) -> list[Snapshot]:
         """Every VM that was stopped into a snapshot, oldest first."""
@@ -235,9 +240,7 @@ class SnapshotStore:
                     f"snapshot {digest[:12]} cannot be removed: {shown} stand on it; end them first "
                     "(microvm kill), or wait for them"
                 )
-            for name, meaning in self.names().items():
-                if meaning == digest:
-                    (self._pool.names / name).unlink(missing_ok=True)
+            self._names.forget(digest)
             self._bury(target)
         finally:
             if held is not None:

@@ -47,6 +47,7 @@ class Order(msgspec.Struct, frozen=True):
     parent: str | None = None
     template: str | None = None
     fresh: bool = False
+    owner: str | None = None
 
 
 class Starter:
@@ -207,6 +208,7 @@ class Starter:
             cpu_model=tied.cpu_model,
             vmm_version=tied.vmm_version,
             slot=berth.slot.number if berth.slot is not None else None,
+            owner=order.owner,
         )
         write_record(place.directory, record)
         return record
