@@ -4,15 +4,17 @@ import asyncio
 import hashlib
 import os
 import platform
-import tempfile
+import time
 from pathlib import Path
 
 import msgspec
 
 from vmm_core.drivers.base import DriverInfo
 from vmm_core.machine import Accel, BootImage
+from vmm_core.process import VmmProcess, new_log
 
 PROBE_SECONDS = 4.0
+_LOOK_SECONDS = 0.02
 _HEARD = b"Linux version"
 
 
@@ -75,41 +77,36 @@ def _key(driver: DriverInfo, image: BootImage) -> str:
 
 
 async def _probe(driver: DriverInfo, image: BootImage) -> bool:
-    with tempfile.TemporaryFile() as log:
-        process = await asyncio.create_subprocess_exec(
-            driver.binary,
-            *(
-                "-M",
-                "microvm,x-option-roms=off,rtc=on,acpi=on",
-                "-accel",
-                "kvm",
-                "-cpu",
-                "host",
-                "-m",
-                "256M",
-            ),
-            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
-            *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
-            *("-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=t rdinit=/probe-only"),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log,
+    said = new_log()
+    try:
+        process = VmmProcess.spawn(
+            [
+                driver.binary,
+                *("-M", "microvm,x-option-roms=off,rtc=on,acpi=on"),
+                *("-accel", "kvm", "-cpu", "host", "-m", "256M"),
+                *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
+                *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
+                *("-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=t rdinit=/probe-only"),
+            ],
+            cwd=Path("/"),
+            stdout=said,
         )
         try:
-            async with asyncio.timeout(PROBE_SECONDS):
-                return await _hears(process.stdout)
-        except TimeoutError:
-            return False
+            return await _hears(process, said)
         finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+            await process.end()
+            process.close()
+    finally:
+        os.close(said)
 
 
-async def _hears(serial: asyncio.StreamReader | None) -> bool:
-    heard = b""
-    while serial is not None and (data := await serial.read(4096)):
-        heard = (heard + data)[-65536:]
-        if _HEARD in heard:
+async def _hears(process: VmmProcess, said: int) -> bool:
+    deadline = time.monotonic() + PROBE_SECONDS
+    while time.monotonic() < deadline:
+        ended = not process.running
+        if _HEARD in os.pread(said, os.fstat(said).st_size, 0):
             return True
+        if ended:
+            return False
+        await asyncio.sleep(_LOOK_SECONDS)
     return False

@@ -22,7 +22,8 @@ from typing import Literal
 
 import msgspec
 
-from vmm_core.errors import HostUnfit, PoolFull
+from vmm_core import program
+from vmm_core.errors import HostUnfit, PoolFull, VmmMissing
 
 PoolKind = Literal["reflink", "xfs-loop", "copy"]
 
@@ -356,27 +357,11 @@ def _leave(pool: Pool, users: int) -> None:
 async def _run(*argv: str) -> str | None:
     """Run a system tool; its complaint as one line, or None when it succeeded."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-    except FileNotFoundError:
+        ended = await program.run(argv, timeout=60)
+    except VmmMissing:
         return f"{argv[0]} is not installed"
-    try:
-        async with asyncio.timeout(60):
-            output, _ = await process.communicate()
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        if isinstance(error, TimeoutError):
-            return f"{argv[0]} took longer than 60 s"
-        raise
-    if process.returncode == 0:
+    except TimeoutError:
+        return f"{argv[0]} took longer than 60 s"
+    if ended.status == 0:
         return None
-    return (
-        " ".join(output.decode(errors="replace").split())[:300]
-        or f"{argv[0]} exited with {process.returncode}"
-    )
+    return " ".join(ended.errors.split())[:300] or f"{argv[0]} exited with {ended.status}"

@@ -36,7 +36,15 @@ class VmmProcess:
         asyncio.get_running_loop().add_reader(pidfd, self._on_end)
 
     @classmethod
-    def spawn(cls, argv: Sequence[str], *, cwd: Path, pass_fds: Sequence[int]) -> "VmmProcess":
+    def spawn(
+        cls,
+        argv: Sequence[str],
+        *,
+        cwd: Path,
+        pass_fds: Sequence[int] = (),
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.DEVNULL,
+    ) -> "VmmProcess":
         """Start ``argv``. Raises VmmMissing when the program is not there or may not be run."""
         log_fd = new_log()
         try:
@@ -44,8 +52,8 @@ class VmmProcess:
                 argv,
                 cwd=cwd,
                 pass_fds=pass_fds,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdin=stdin,
+                stdout=stdout,
                 stderr=log_fd,
                 start_new_session=True,
                 env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LC_ALL": "C"},

@@ -5,13 +5,13 @@ deadline. Concurrent changes share a call; when one of them is at fault, it fail
 """
 
 import asyncio
-import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, cast
 
 import msgspec
 
-from vmm_core.errors import SlotsUnavailable
+from vmm_core import program
+from vmm_core.errors import SlotsUnavailable, VmmMissing
 from vmm_core.network.addresses import Slot, number_of_address, number_of_name
 from vmm_core.network.rules import TABLE, ruleset
 
@@ -132,33 +132,18 @@ class Firewall:
 
     async def _call(self, *arguments: str, text: str = "") -> bytes:
         try:
-            process = await asyncio.create_subprocess_exec(
-                self._nft,
-                *arguments,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
+            ended = await program.run([self._nft, *arguments], stdin=text.encode(), timeout=_SECONDS)
+        except VmmMissing as error:
+            raise SlotsUnavailable(str(error)) from error
+        except TimeoutError as error:
+            raise SlotsUnavailable(
+                f"nft {' '.join(arguments)} did not end within {_SECONDS:.0f} s"
+            ) from error
+        if ended.status != 0:
+            raise SlotsUnavailable(
+                f"nft {' '.join(arguments)} ended with {ended.status}: {ended.errors.strip()[:500]}"
             )
-        except OSError as error:
-            raise SlotsUnavailable(f"{self._nft} cannot be started: {error.strerror}") from error
-        try:
-            async with asyncio.timeout(_SECONDS):
-                output, errors = await process.communicate(text.encode())
-        except BaseException as error:
-            with contextlib.suppress(ProcessLookupError, TimeoutError):
-                process.kill()
-                async with asyncio.timeout(1.0):
-                    await process.wait()
-            if isinstance(error, TimeoutError):
-                raise SlotsUnavailable(
-                    f"nft {' '.join(arguments)} did not end within {_SECONDS:.0f} s"
-                ) from error
-            raise
-        if process.returncode != 0:
-            said = errors.decode("utf-8", "replace").strip()[:500]
-            raise SlotsUnavailable(f"nft {' '.join(arguments)} ended with {process.returncode}: {said}")
-        return output
+        return ended.output
 
 
 def _commands(verb: str, elements: Iterable[Element]) -> list[object]:
