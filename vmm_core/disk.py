@@ -300,7 +300,7 @@ async def _loop_pool(data_dir: Path, root: Path) -> Pool:
             problem = await _make_loop_image(image)
         if problem is None:
             problem = await _run(
-                "mount", "-t", "xfs", "-o", "loop,noatime,discard,nosuid,nodev", str(image), str(root)
+                "mount", "-t", "xfs", "-o", "loop,noatime,discard,nosuid,nodev,nouuid", str(image), str(root)
             )
         if problem is None:
             return Pool(root=root, kind="xfs-loop")
