@@ -16,7 +16,7 @@ from images.errors import BakeFailed, BuildFailed, RecipeError
 from images.events import Step
 from images.kernel import Kernel, get_kernel
 from images.recipe import Recipe
-from images.schema import INTERNET, PACKAGE_REGISTRIES, WORDS, RunnerSource, TreeFile, parse_egress
+from images.schema import INTERNET, PACKAGE_REGISTRIES, RunnerSource, TreeFile, parse_egress
 from vmm_core.engine import Engine
 from vmm_core.errors import BadRequest
 from vmm_core.machine import BootImage, EgressRule, Network
@@ -41,10 +41,7 @@ _FORMAT = 1
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """A checked recipe with everything it needs at hand. ``inputs`` is the digest of all of it.
-
-    ``index`` is set when ``package-registries`` stands in one of the egress lists.
-    """
+    """A checked recipe with everything it needs at hand. ``inputs`` is the digest of all of it."""
 
     recipe: Recipe
     resolution: apt.Resolution
@@ -65,10 +62,7 @@ async def make_plan(engine: Engine, cache: Cache, recipe: Recipe, step: Step) ->
     await _check_egress(engine, recipe)
     tarball, sha256 = await _runner(cache, recipe, step) if recipe.runner is not None else (None, "")
     certificates = _certificates() if recipe.ca == "host" else {}
-    index = (
-        await registries.pip_index() if PACKAGE_REGISTRIES in (*recipe.egress, *recipe.warm_egress) else None
-    )
-    conf = registries.pip_conf(index, local_ca=bool(certificates))
+    conf = await _registry_files(recipe, local_ca=bool(certificates))
     wanted = tuple(sorted({*rootfs.BASE_PACKAGES, *recipe.packages, *(("sudo",) if recipe.sudo else ())}))
     resolution = await apt.resolve(cache, wanted, say=step)
     kernel = await get_kernel(cache, say=Step("kernel", step.progress))
@@ -76,7 +70,7 @@ async def make_plan(engine: Engine, cache: Cache, recipe: Recipe, step: Step) ->
         agent=resources.files("vmm_core.guest").joinpath("agent.py").read_bytes(),
         certificates=certificates,
         modules=recipe.kernel_modules,
-        files=(rootfs.PlacedFile(dest="/etc/pip.conf", data=conf), *files),
+        files=(*conf, *files),
         sudo=recipe.sudo,
         disk_mib=recipe.machine.disk_mib,
         runner_tarball=tarball,
@@ -118,24 +112,25 @@ def settle_program() -> bytes:
 
 async def open_networks(recipe: Recipe, step: Step) -> tuple[Network, Network]:
     """The network of the warm steps and that of jobs, ``package-registries`` looked up now."""
+    warm, jobs = await open_cards(recipe.machine.network, (recipe.warm_egress, recipe.egress), step)
+    return warm, jobs
+
+
+async def open_cards(card: Network, lists: Sequence[Sequence[str]], step: Step) -> list[Network]:
+    """The card, opened besides to what each of these egress lists names; ``package-registries`` is looked up once."""
     looked_up: tuple[EgressRule, ...] = ()
-    if PACKAGE_REGISTRIES in (*recipe.warm_egress, *recipe.egress):
+    if any(PACKAGE_REGISTRIES in names for names in lists):
         looked_up = await registries.package_registries(step)
-
-    def opened(names: Sequence[str]) -> Network:
-        found: dict[EgressRule, None] = {}
-        for name in names:
-            if name != INTERNET:
-                found |= dict.fromkeys(looked_up if name == PACKAGE_REGISTRIES else (parse_egress(name),))
-        return _opened(recipe.machine.network, names, tuple(found))
-
-    return opened(recipe.warm_egress), opened(recipe.egress)
+    return [_opened(card, names, looked_up) for names in lists]
 
 
-def _opened(card: Network, names: Sequence[str], rules: tuple[EgressRule, ...]) -> Network:
-    """The card, opened to ``rules`` and, with the word for it among ``names``, to the internet."""
+def _opened(card: Network, names: Sequence[str], looked_up: Sequence[EgressRule]) -> Network:
+    rules = dict.fromkeys(card.allow)
+    for name in names:
+        if name != INTERNET:
+            rules |= dict.fromkeys(looked_up if name == PACKAGE_REGISTRIES else (parse_egress(name),))
     mode = "internet" if INTERNET in names else card.mode
-    return msgspec.structs.replace(card, mode=mode, allow=rules)
+    return msgspec.structs.replace(card, mode=mode, allow=tuple(rules))
 
 
 def _check_host() -> None:
@@ -156,9 +151,8 @@ def _check_host() -> None:
 async def _check_egress(engine: Engine, recipe: Recipe) -> None:
     for key in ("egress", "warm_egress"):
         named: tuple[str, ...] = getattr(recipe, key)
-        rules = tuple(parse_egress(name) for name in named if name not in WORDS)
         try:
-            await engine.check_network(_opened(recipe.machine.network, named, rules))
+            await engine.check_network(_opened(recipe.machine.network, named, ()))
         except BadRequest as error:
             raise RecipeError(str(error), file=recipe.origin[-1], key=key) from None
 
@@ -173,6 +167,19 @@ def _read_file(recipe: Recipe, item: TreeFile) -> rootfs.PlacedFile:
             message = f"the source of {item.dest}, {item.source}, cannot be read: {error.strerror}"
             raise RecipeError(message, file=recipe.origin[-1], key="files") from None
     return rootfs.PlacedFile(dest=item.dest, data=data, mode=int(item.mode, 8), user=item.user)
+
+
+async def _registry_files(recipe: Recipe, *, local_ca: bool) -> tuple[rootfs.PlacedFile, ...]:
+    """How the guest's pip and npm reach what ``package-registries`` opens."""
+    if PACKAGE_REGISTRIES not in (*recipe.egress, *recipe.warm_egress):
+        return (rootfs.PlacedFile(dest="/etc/pip.conf", data=registries.pip_conf(None, local_ca=local_ca)),)
+    conf = registries.pip_conf(await registries.pip_index(), local_ca=local_ca)
+    files = (rootfs.PlacedFile(dest="/etc/pip.conf", data=conf),)
+    registry = await registries.npm_registry()
+    if registry is None:
+        return files
+    npmrc = registries.npmrc(registry, local_ca=local_ca)
+    return (*files, rootfs.PlacedFile(dest=registries.NPMRC, data=npmrc, user="runner"))
 
 
 def _certificates() -> dict[str, bytes]:
