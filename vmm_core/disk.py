@@ -31,6 +31,7 @@ FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 FS_IOC_FIEMAP = 0xC020660B
 FIEMAP_EXTENT_SHARED = 0x2000
 FIEMAP_EXTENT_LAST = 0x1
+FIEMAP_EXTENT_UNKNOWN = 0x2  # not written out yet: it has no place
 
 # Below this much free room nothing new is started: what runs still needs to write.
 RESERVE_BYTES = 256 << 20
@@ -38,6 +39,9 @@ LOOP_POOL_MIN = 2 << 30
 LOOP_POOL_MAX = 1 << 40
 _COPY_CHUNK = 4 << 20
 _EXTENT_BATCHES = 64
+_EXTENTS = 1024  # of one batch
+_FIEMAP = struct.Struct("=QQIIII")  # linux/fiemap.h: start, length, flags, mapped, room, reserved
+_EXTENT = struct.Struct("=QQQ16xI12x")  # logical, physical, length, flags
 _COPY_NOTE = "every fork copies its disk; use XFS or btrfs, or run as root with xfsprogs and loop devices"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -149,37 +153,42 @@ def _copy_sparse(source: int, target: int) -> None:
 
 
 def private_bytes(path: Path) -> int:
-    """Bytes of blocks that only this file holds (FIEMAP, extents not marked shared).
+    """Bytes of blocks that only this file holds. What ``extents`` does not place counts as its own."""
+    placed, rest = extents(path)
+    return rest + sum(length for _, length, shared in placed if not shared)
 
-    A guest can break its disk into a million extents: of those past the first 65,536 all blocks count as its own.
+
+def extents(path: Path) -> tuple[list[tuple[int, int, bool]], int]:
+    """Where a file's blocks are: (offset on the device, bytes, whether other files share them), by FIEMAP.
+
+    And the bytes beyond those: all of them where the file system does not tell. A guest can break its disk into a
+    million extents: those past the first 65,536 are not asked for.
     """
-    batch = 1024
-    extent_size = 56
-    total = seen = start = 0
+    found: list[tuple[int, int, bool]] = []
+    start = loose = 0
     with path.open("rb") as file:
         for _ in range(_EXTENT_BATCHES):
-            buffer = bytearray(
-                struct.pack("=QQIIII", start, 2**64 - 1 - start, 0, 0, batch, 0) + bytes(batch * extent_size)
-            )
+            buffer = bytearray(_FIEMAP.pack(start, 2**64 - 1 - start, 0, 0, _EXTENTS, 0))
+            buffer += bytes(_EXTENTS * _EXTENT.size)
             try:
                 fcntl.ioctl(file.fileno(), FS_IOC_FIEMAP, buffer)
             except OSError:
-                return path.stat().st_blocks * 512
+                return [], path.stat().st_blocks * 512
             mapped = struct.unpack_from("=I", buffer, 20)[0]
             if mapped == 0:
-                return total
+                return found, loose
             last = False
-            for index in range(mapped):
-                logical, _physical, length = struct.unpack_from("=QQQ", buffer, 32 + index * extent_size)
-                flags = struct.unpack_from("=I", buffer, 32 + index * extent_size + 40)[0]
-                seen += length
-                if not flags & FIEMAP_EXTENT_SHARED:
-                    total += length
+            entries = memoryview(buffer)[_FIEMAP.size : _FIEMAP.size + mapped * _EXTENT.size]
+            for logical, physical, length, flags in _EXTENT.iter_unpack(entries):
+                if flags & FIEMAP_EXTENT_UNKNOWN:
+                    loose += length
+                else:
+                    found.append((physical, length, bool(flags & FIEMAP_EXTENT_SHARED)))
                 start = logical + length
                 last = bool(flags & FIEMAP_EXTENT_LAST)
             if last:
-                return total
-    return total + max(0, path.stat().st_blocks * 512 - seen)
+                return found, loose
+    return found, max(loose, path.stat().st_blocks * 512 - sum(length for _, length, _ in found))
 
 
 @contextlib.asynccontextmanager
