@@ -31,15 +31,15 @@ from vmm_core.vm import RunningVm
 
 __all__ = ["BakeEvent", "Baked", "bake"]
 
-# Metadata key of a machine that is being baked; its value is the digest of the inputs.
-_BAKE = "bake"
+# Metadata key of a machine that is being baked; its value is the digest of the inputs, whose lock the baker holds.
+BAKE = "bake"
 # Where the files of a just-in-time configuration really are: in memory, where writing them is quick (it is on
 # the way of every job) and where no disk ever holds them.
 RUNNER_FILES = "/run/runner"
-_RUNNER_FILE_NAMES = (".runner", ".credentials", ".credentials_rsaparams")
+RUNNER_FILE_NAMES = (".runner", ".credentials", ".credentials_rsaparams")
 _LINK_FILES = f"""
 install -d -o runner -g runner -m 700 {RUNNER_FILES}
-for file in {" ".join(_RUNNER_FILE_NAMES)}; do
+for file in {" ".join(RUNNER_FILE_NAMES)}; do
     ln -sfn {RUNNER_FILES}/$file {rootfs.RUNNER_DIR}/$file
 done
 """
@@ -79,6 +79,22 @@ async def bake_machine(recipe: Recipe) -> MachineSpec:
     return recipe.machine.on(warm)
 
 
+async def sweep(engine: Engine, cache: Cache) -> None:
+    """Remove what killed bakes left: half-built directories, and machines that nobody bakes on with."""
+    cache.sweep()
+    engine.snapshots.sweep()
+    for record in engine.records():
+        inputs = record.metadata.get(BAKE)
+        if inputs is not None and cache.is_free(lock_name(inputs)):
+            with contextlib.suppress(UnknownVm):
+                await engine.destroy(record.id)
+
+
+def lock_name(inputs: str) -> str:
+    """The lock that who bakes these inputs holds."""
+    return f"template-{inputs}"
+
+
 class _Bake:
     def __init__(self, engine: Engine, recipe: Recipe, progress: Callable[[BakeEvent], None]) -> None:
         self._engine = engine
@@ -96,7 +112,7 @@ class _Bake:
             step("waiting for another process that bakes the same template")
 
         begun = time.time()
-        async with self._cache.locked(f"template-{plan.inputs}", waiting=waiting):
+        async with self._cache.locked(lock_name(plan.inputs), waiting=waiting):
             found = self._find(plan.inputs)
             # With force, one that somebody else has baked while we waited is as new as ours would be.
             if found is not None and (not force or found.manifest.created_at >= begun):
@@ -110,16 +126,6 @@ class _Bake:
             seconds=time.monotonic() - self._started,
             steps=self._steps.times,
         )
-
-    async def _sweep(self) -> None:
-        """Remove what killed bakes left: half-built directories, and machines that nobody bakes on with."""
-        self._cache.sweep()
-        self._engine.snapshots.sweep()
-        for record in self._engine.records():
-            inputs = record.metadata.get(_BAKE)
-            if inputs is not None and self._cache.is_free(f"template-{inputs}"):
-                with contextlib.suppress(UnknownVm):
-                    await self._engine.destroy(record.id)
 
     def _find(self, inputs: str) -> Snapshot | None:
         """The newest template of these inputs that this host can still fork."""
@@ -154,7 +160,7 @@ class _Bake:
                     network=job_network,
                     blanks=[]
                     if version is None
-                    else [f"{RUNNER_FILES}/{name}" for name in _RUNNER_FILE_NAMES],
+                    else [f"{RUNNER_FILES}/{name}" for name in RUNNER_FILE_NAMES],
                 )
 
     async def root_disk(self) -> BootImage:
@@ -162,7 +168,7 @@ class _Bake:
 
     async def _plan(self) -> Plan:
         with self._steps.step("check") as step:
-            await self._sweep()
+            await sweep(self._engine, self._cache)
             return await make_plan(self._engine, self._cache, self._recipe, step)
 
     async def _image(self, plan: Plan) -> BootImage:
@@ -207,7 +213,7 @@ class _Bake:
                 try:
                     vm = await stack.enter_async_context(
                         self._engine.boot(
-                            image, machine, ttl=limit, metadata={_BAKE: inputs, "recipe": self._recipe.name}
+                            image, machine, ttl=limit, metadata={BAKE: inputs, "recipe": self._recipe.name}
                         )
                     )
                 except VmFailed as error:
