@@ -111,8 +111,8 @@ async def capture(
                     # The memory first: what the VMM still puts into it belongs to devices that are saved later.
                     with pool_full("its memory"):
                         await threads.urgent(copy.during)
-                    await vm.driver_vm.save_devices(draft)
-                    with pool_full("its disk"):
+                    with pool_full("its devices and disk"):
+                        await vm.driver_vm.save_devices(draft)
                         await threads.urgent(lambda: clone_file(disk, draft / DISK))
                 except BaseException:
                     with contextlib.suppress(VmmError):

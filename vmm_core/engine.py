@@ -10,7 +10,6 @@ lock in its directory. When that process dies the VM lives on, and any engine ma
 
 import asyncio
 import contextlib
-import errno
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -29,7 +28,6 @@ from vmm_core.drivers.qemu import QemuDriver
 from vmm_core.errors import (
     BadRequest,
     HostOutOfMemory,
-    PoolFull,
     SnapshotInvalid,
     UnknownVm,
 )
@@ -49,11 +47,13 @@ from vmm_core.machine import (
     VmExit,
     VmRecord,
 )
+from vmm_core.names import check_name
+from vmm_core.owner import common_owner
 from vmm_core.process import VmmProcess
 from vmm_core.reaper import Reaper, reap_on
 from vmm_core.record import new_identity, read_records, try_lock
 from vmm_core.residents import Residents
-from vmm_core.snapshot import SnapshotStore, file_sizes
+from vmm_core.snapshot import SnapshotStore
 from vmm_core.start import Order, Starter
 from vmm_core.vm import Parts, RunningVm
 
@@ -178,9 +178,12 @@ class Engine:
         metadata: Mapping[str, str] | None = None,
         allow: Sequence[EgressRule] | None = None,
         hostname: str | None = None,
+        owner: str | None = None,
     ) -> AsyncGenerator[RunningVm]:
         """A clone of ``parent``, revived; destroyed at the end. Arguments and errors as ``launch``."""
-        vm = await self.launch(parent, ttl=ttl, metadata=metadata, allow=allow, hostname=hostname)
+        vm = await self.launch(
+            parent, ttl=ttl, metadata=metadata, allow=allow, hostname=hostname, owner=owner
+        )
         try:
             yield vm
         finally:
@@ -194,20 +197,23 @@ class Engine:
         metadata: Mapping[str, str] | None = None,
         allow: Sequence[EgressRule] | None = None,
         hostname: str | None = None,
+        owner: str | None = None,
     ) -> RunningVm:
         """A clone of ``parent`` (a name, digest or snapshot) that lives until destroyed or ``ttl`` seconds old.
 
-        ``allow`` narrows or replaces the endpoints its template is open to. When this raises, nothing is left.
-        Raises UnknownTemplate, SnapshotInvalid, PoolFull, HostOutOfMemory, BadRequest, VmFailed, GuestError.
+        ``allow`` narrows or replaces the endpoints its template is open to. ``owner`` is for whom it runs: a parent
+        that has an owner is forked for no other. When this raises, nothing is left. Raises UnknownTemplate,
+        WrongOwner, SnapshotInvalid, PoolFull, HostOutOfMemory, BadRequest, VmFailed, GuestError.
         """
         self._on_step("resolve")
         snapshot = parent if isinstance(parent, Snapshot) else self.snapshots.resolve(parent)
         manifest = snapshot.manifest
+        owner = common_owner(manifest.owner, owner, f"a fork of {_called(manifest)}")
         machine = manifest.machine.on(_opened(manifest.machine.network, allow))
         await self._require(machine, _FORK_MEMORY_MIB)
         self._require_fit(manifest)
         return await self._clone(
-            snapshot, machine, new_identity(hostname), ttl, metadata, parent=manifest.digest
+            snapshot, machine, new_identity(hostname), ttl, metadata, parent=manifest.digest, owner=owner
         )
 
     async def _clone(
@@ -219,12 +225,20 @@ class Engine:
         metadata: Mapping[str, str] | None,
         *,
         parent: str | None,
+        owner: str | None,
     ) -> RunningVm:
         """A clone of ``snapshot`` known as ``identity``, which stands on the snapshot ``parent``."""
         manifest = snapshot.manifest
-        template = manifest.labels.get("template") or self._name_of(manifest.digest)
         order = Order(
-            machine, manifest.accel, identity, snapshot.path / DISK, ttl, metadata or {}, parent, template
+            machine=machine,
+            accel=manifest.accel,
+            identity=identity,
+            disk=snapshot.path / DISK,
+            ttl=ttl,
+            metadata=metadata or {},
+            parent=parent,
+            template=manifest.labels.get("template") or self._name_of(manifest.digest),
+            owner=owner,
         )
         return self._enroll(await self._starter.clone(snapshot, order))
 
@@ -237,39 +251,31 @@ class Engine:
         name: str | None = None,
         network: Network | None = None,
         blanks: Sequence[str] = (),
+        owner: str | None = None,
     ) -> Snapshot:
-        """Quiesce a booted VM, publish it as the snapshot ``digest`` and, with ``name``, let that name mean it.
+        """Quiesce a VM, publish it as the snapshot ``digest`` and, with ``name``, let that name mean it.
 
-        Forks have ``network``, or, when left out, that of the VM. ``blanks`` are files on a tmpfs of the
-        guest that the first command of a fork will be started with (see ``Channel.quiesce``).
-        The VM is gone afterwards, also on failure. Raises PoolFull when there is no room for its memory and disk.
+        A VM that is a fork itself becomes a child of what it was forked from: it stores what it changed and shares
+        the rest, so its base stays as long as it. Forks have ``network``, or, when left out, that of the VM.
+        ``blanks`` are files on a tmpfs of the guest that the first command of a fork will be started with (see
+        ``Channel.quiesce``). ``owner``: it is forked for no other; what was forked for an owner stays that one's.
+        The VM is gone afterwards, also on failure. Raises PoolFull when there is no room for its memory and disk,
+        WrongOwner, GuestRefused while a command runs in it, BadRequest for what is no name.
         """
         try:
-            self.pool.require_room(vm.record.machine.memory_mib << 20)
+            if name is not None:
+                check_name(name)
+            owner = common_owner(vm.record.owner, owner or vm.record.owner, f"a snapshot of VM {vm.id}")
+
+            def finish(saved: Manifest) -> Manifest:
+                machine = saved.machine if network is None else saved.machine.on(network)
+                return msgspec.structs.replace(
+                    saved, machine=machine, labels=dict(sorted(labels.items())), owner=owner
+                )
+
             await vm.channel.quiesce(blanks=blanks)
             await vm.channel.close()
-            with self.snapshots.draft() as draft:
-                try:
-                    saved = await vm.driver_vm.save(draft)
-                except OSError as error:
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                        raise PoolFull(
-                            f"the pool filled up while {vm.id} was saved: free some room"
-                        ) from error
-                    raise
-                machine = vm.record.machine
-                manifest = Manifest(
-                    digest=digest,
-                    created_at=time.time(),
-                    machine=machine if network is None else machine.on(network),
-                    accel=vm.record.accel,
-                    vmm_version=saved.vmm_version,
-                    cpu_model=saved.cpu_model,
-                    argv_digest=saved.argv_digest,
-                    files=file_sizes(draft),
-                    labels=dict(sorted(labels.items())),
-                )
-                published = await asyncio.to_thread(self.snapshots.publish, draft, manifest)
+            published = await self._live.save(vm, digest, finish)
             if name is not None:
                 self.snapshots.set_name(name, digest)
             return published
@@ -400,7 +406,7 @@ class Engine:
     def _require_fit(self, manifest: Manifest) -> None:
         problem = self.misfit(manifest)
         if problem is not None:
-            name = manifest.labels.get("template", manifest.digest[:12])
+            name = _called(manifest)
             raise SnapshotInvalid(
                 f"template {name} cannot be forked: {problem}; bake it again (microvm bake {name})"
             )
@@ -469,6 +475,10 @@ class Engine:
 
 def _unheard(_step: str) -> None:
     pass
+
+
+def _called(manifest: Manifest) -> str:
+    return manifest.labels.get("template", manifest.digest[:12])
 
 
 def _opened(network: Network, allow: Sequence[EgressRule] | None) -> Network:

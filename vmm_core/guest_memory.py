@@ -8,6 +8,7 @@ file itself. The VMM may have been taken over by its guest: what /proc tells of 
 import array
 import contextlib
 import ctypes
+import mmap
 import os
 import re
 from collections.abc import Generator
@@ -24,7 +25,7 @@ from vmm_core.memory import (
     fresh_memory,
     in_shares,
     seal,
-    write_pages,
+    write_changes,
 )
 
 _IOVECS = 1024  # IOV_MAX
@@ -88,14 +89,35 @@ class GuestMemory:
     def private_bytes(self) -> int:
         return sum(end - start for start, end in self.changes())
 
-    def copy(self, ranges: Ranges, target: int, *, sparse: bool = False) -> None:
+    def copy(self, ranges: Ranges, target: int) -> None:
         """Copy ``ranges`` to the same places in the file ``target``. Of one instant only while it is stopped."""
         if self.shared:
             copy_ranges(self.file, target, ranges)
         else:
-            in_shares(ranges, lambda share: self._copy_private(share, target, sparse))
+            in_shares(ranges, lambda share: self._copy_private(share, target))
 
-    def _copy_private(self, ranges: Ranges, target: int, sparse: bool) -> None:
+    def copy_changes(self, ranges: Ranges, image: int) -> Ranges:
+        """Bring ``image``, which has what the file holds, up to this memory: pages of ``ranges`` that differ.
+
+        A page the machine wrote and that is as before is not written, one of zeros becomes a hole. Returns what was
+        different. Of one instant only while it is stopped.
+        """
+        found: Ranges = []
+        with mmap.mmap(self.file, self.size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as base:
+
+            def work(share: Ranges) -> None:
+                for start, piece in self._pieces(share):
+                    found.extend(write_changes(image, piece, start, base))
+
+            in_shares(ranges, work)
+        return sorted(found)
+
+    def _copy_private(self, ranges: Ranges, target: int) -> None:
+        for start, piece in self._pieces(ranges):
+            os.pwrite(target, piece, start)
+
+    def _pieces(self, ranges: Ranges) -> Generator[tuple[int, memoryview]]:
+        """What the machine has at each place; a piece is good until the next is asked for."""
         buffer = bytearray(_BATCH_BYTES)
         view = memoryview(buffer)
         place = ctypes.c_char.from_buffer(buffer)
@@ -103,10 +125,7 @@ class GuestMemory:
             self._read(batch, ctypes.addressof(place))
             at = 0
             for start, end in batch:
-                if sparse:
-                    write_pages(target, bytes(view[at : at + end - start]), start)
-                else:
-                    os.pwrite(target, view[at : at + end - start], start)
+                yield start, view[at : at + end - start]
                 at += end - start
 
     def _read(self, batch: Ranges, target: int) -> None:
@@ -135,8 +154,8 @@ class GuestMemory:
 class Copy:
     """A copy of a machine's memory in the making: ``before`` the pause what its file holds, ``during`` it the rest.
 
-    ``image``: a file, open, that has the first part already; zero pages become holes in it. Else it is a memfd.
-    ``ranges`` are what ``during`` has copied. The descriptor is this one's until ``finished``.
+    ``image``: a file, open, that has the first part already; only what differs is written. Else it is a memfd.
+    ``ranges`` are what ``during`` has written. The descriptor is this one's until ``finished``.
     """
 
     def __init__(self, memory: GuestMemory, image: int | None = None) -> None:
@@ -149,8 +168,12 @@ class Copy:
         copy_data(self._memory.file, self._fd, self._memory.size)
 
     def during(self) -> None:
-        self.ranges = self._memory.changes()
-        self._memory.copy(self.ranges, self._fd, sparse=self._sparse)
+        ranges = self._memory.changes()
+        if self._sparse:
+            self.ranges = self._memory.copy_changes(ranges, self._fd)
+        else:
+            self._memory.copy(ranges, self._fd)
+            self.ranges = ranges
 
     def finished(self) -> int:
         """The whole copy, sealed when it is a memfd; its descriptor is the caller's."""

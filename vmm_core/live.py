@@ -23,7 +23,17 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from vmm_core.capture import Captured, Image, Threads, capture, make_durable, resume, write_image, write_sums
+from vmm_core.capture import (
+    Captured,
+    Image,
+    Threads,
+    capture,
+    make_durable,
+    pool_full,
+    resume,
+    write_image,
+    write_sums,
+)
 from vmm_core.disk import Pool
 from vmm_core.drivers.base import MEMORY, SUMS
 from vmm_core.errors import BadRequest, SnapshotInvalid, UnknownTemplate, UnknownVm, VmmError
@@ -56,6 +66,7 @@ class Start(Protocol):
         metadata: Mapping[str, str] | None,
         *,
         parent: str | None,
+        owner: str | None,
     ) -> Awaitable[RunningVm]: ...
 
 
@@ -153,7 +164,9 @@ class Live:
         pause_ms: float,
     ) -> RunningVm:
         identity = new_identity(hostname)
-        child = await self._start(snapshot, machine, identity, ttl, metadata, parent=snapshot.digest)
+        child = await self._start(
+            snapshot, machine, identity, ttl, metadata, parent=snapshot.digest, owner=snapshot.manifest.owner
+        )
         child.timings = msgspec.structs.replace(child.timings, pause_ms=pause_ms)
         return child
 
@@ -201,6 +214,29 @@ class Live:
         os.close(held)
         self._snapshots.abandon(snapshot.digest)
 
+    # ── parents ──────────────────────────────────────────────────────────────────────────────────
+
+    async def save(self, vm: RunningVm, digest: str, finish: Callable[[Manifest], Manifest]) -> Snapshot:
+        """Stop ``vm`` into the snapshot ``digest``. See ``Engine.snapshot``, which ends it."""
+        booted = vm.record.parent is None and _image_in(vm.directory) is None
+        stop = self._stop_booted if booted else self._stop
+
+        async def work() -> Snapshot:
+            async with self._turn(vm):
+                return await stop(vm, digest, finish)
+
+        return await _finished(work(), lambda _: None)
+
+    async def _stop_booted(
+        self, vm: RunningVm, digest: str, finish: Callable[[Manifest], Manifest]
+    ) -> Snapshot:
+        """A machine that booted has no memory but its own: its VMM tells its whole state, and it is ended."""
+        self._pool.require_room(vm.record.machine.memory_mib << 20)
+        with self._snapshots.draft() as draft, pool_full(f"the memory and disk of {vm.id}"):
+            await vm.driver_vm.save(draft)
+            manifest = msgspec.structs.replace(self._manifest(vm, digest, draft), state="migration")
+            return await self._threads.urgent(lambda: self._snapshots.publish(draft, finish(manifest)))
+
     # ── frozen machines ──────────────────────────────────────────────────────────────────────────
 
     async def freeze(self, vm: RunningVm, ttl: float) -> Frozen:
@@ -208,43 +244,46 @@ class Live:
         return await _finished(self._freeze(vm, ttl), lambda _: None)
 
     async def _freeze(self, vm: RunningVm, ttl: float) -> Frozen:
-        self._pool.require_room()
+        now = time.time()
+        frozen = Frozen(digest=_new_digest(), record=vm.record, frozen_at=now, expires_at=now + ttl)
         async with self._turn(vm):
-            own = _image_in(vm.directory)  # of a machine that was thawed
-            image = own or await self._image_of(vm.record.parent)
-
-            def require(memory_mib: int) -> Awaitable[None]:
-                return self._require(vm.record.machine, memory_mib)
-
-            with self._snapshots.draft() as draft:
-                captured = await capture(vm, draft, self._threads, into=image, run_on=False, require=require)
-                try:
-                    frozen = await self._save_frozen(vm, captured, image, draft, ttl)
-                except BaseException:
-                    await resume(vm)
-                    raise
-                finally:
-                    captured.close()
+            await self._stop(vm, frozen.digest, lambda saved: msgspec.structs.replace(saved, frozen=frozen))
             vm.end_as(VmExit(kind="frozen", cause="frozen", reason=f"frozen as {frozen.digest[:12]}"))
             await vm.destroy()
         self.frozen.watch_time()
         return frozen
 
-    async def _save_frozen(
-        self, vm: RunningVm, captured: Captured, image: Image | None, draft: Path, ttl: float
-    ) -> Frozen:
-        self._pool.require_room(captured.private_bytes)
-        await asyncio.gather(
-            self._threads.urgent(lambda: write_image(captured, image, draft)),
-            self._threads.urgent(lambda: write_sums(captured, image, draft)),
-            self._threads.urgent(lambda: make_durable(draft)),
-        )
-        now = time.time()
-        digest = _new_digest()
-        frozen = Frozen(digest=digest, record=vm.record, frozen_at=now, expires_at=now + ttl)
-        manifest = msgspec.structs.replace(self._manifest(vm, digest, draft), frozen=frozen)
-        await self._threads.urgent(lambda: self._snapshots.publish(draft, manifest, durable=manifest.files))
-        return frozen
+    async def _stop(self, vm: RunningVm, digest: str, finish: Callable[[Manifest], Manifest]) -> Snapshot:
+        """Stop ``vm`` into the snapshot ``digest``, durably; ``finish`` completes its manifest.
+
+        When this raises the machine runs on. To be called in its turn, and not to be cancelled.
+        """
+        self._pool.require_room()
+        own = _image_in(vm.directory)  # of a machine that was thawed
+        image = own or await self._image_of(vm.record.parent)
+
+        def require(memory_mib: int) -> Awaitable[None]:
+            return self._require(vm.record.machine, memory_mib)
+
+        with self._snapshots.draft() as draft:
+            captured = await capture(vm, draft, self._threads, into=image, run_on=False, require=require)
+            try:
+                self._pool.require_room(captured.private_bytes)
+                await asyncio.gather(
+                    self._threads.urgent(lambda: write_image(captured, image, draft)),
+                    self._threads.urgent(lambda: write_sums(captured, image, draft)),
+                    self._threads.urgent(lambda: make_durable(draft)),
+                )
+                manifest = finish(self._manifest(vm, digest, draft))
+                with pool_full("its manifest"):
+                    return await self._threads.urgent(
+                        lambda: self._snapshots.publish(draft, manifest, durable=manifest.files)
+                    )
+            except BaseException:
+                await resume(vm)
+                raise
+            finally:
+                captured.close()
 
     async def thaw(self, vm_id: str, ttl: float) -> RunningVm:
         """See ``Engine.thaw``."""
@@ -260,7 +299,13 @@ class Live:
             self._residents.pin(frozen.digest, await asyncio.to_thread(load_memory, snapshot))
             try:
                 vm = await self._start(
-                    snapshot, manifest.machine, record.identity, ttl, record.metadata, parent=manifest.base
+                    snapshot,
+                    manifest.machine,
+                    record.identity,
+                    ttl,
+                    record.metadata,
+                    parent=manifest.base,
+                    owner=manifest.owner,
                 )
             finally:
                 self._residents.unpin(frozen.digest)
@@ -325,6 +370,7 @@ class Live:
             labels={"template": record.template} if record.template is not None else {},
             state="devices",
             base=record.parent if self._exists(record.parent) else None,
+            owner=record.owner,
         )
 
     def _exists(self, digest: str | None) -> bool:

@@ -8,6 +8,7 @@ An image goes with its sums, one for every 64 KiB: what was cut or damaged on di
 import array
 import ctypes
 import fcntl
+import mmap
 import os
 import sys
 import zlib
@@ -93,6 +94,22 @@ def write_pages(fd: int, chunk: bytes, offset: int) -> int:
                 written += position - run
             run, zero = position, not zero
     return written
+
+
+def write_changes(fd: int, chunk: memoryview, offset: int, base: mmap.mmap) -> Ranges:
+    """Write those pages of ``chunk`` that differ from ``base`` at ``offset``, as ``write_pages``. Returns where."""
+    pages = bytes(chunk)
+    changed: Ranges = []
+    for position in range(0, len(pages), PAGE):
+        at = offset + position
+        if pages[position : position + PAGE] != base[at : at + PAGE]:
+            if changed and changed[-1][1] == at:
+                changed[-1] = (changed[-1][0], at + PAGE)
+            else:
+                changed.append((at, at + PAGE))
+    for start, end in changed:
+        write_pages(fd, pages[start - offset : end - offset], start)
+    return changed
 
 
 def _is_zero(chunk: bytes, position: int) -> bool:

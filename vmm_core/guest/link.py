@@ -221,7 +221,7 @@ class Link(asyncio.Protocol):
         Its port is a queue in its memory that the VMM writes to even while the machine is stopped: a copy of that
         memory is whole only while nothing moves. Returns when the VMM has read what was sent before, or soon.
         """
-        if self._held is None and self._transport is not None:
+        if self._held is None and self._transport is not None and not self._transport.is_closing():
             self._held = bytearray()
             self._read_or_wait()
             deadline = self._loop.time() + _SETTLE_SECONDS
