@@ -1,17 +1,14 @@
 """``microvm doctor | bake | templates``: what this host offers and holds."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from images.bake import bake as bake_recipe
 from images.catalog import templates as list_templates
-from images.events import BakeEvent
 from images.recipe import load_recipe
 from runner_service.commands import show
+from runner_service.commands.progress import Progress
 from vmm_core.doctor import check
 from vmm_core.engine import Engine
 
@@ -33,7 +30,7 @@ async def bake(
 ) -> int:
     """Bake with live progress on stderr; the result on stdout."""
     loaded = load_recipe(recipe, overrides=overrides)
-    with _progress() as tell:
+    with Progress() as tell:
         async with Engine.open(data_dir) as engine:
             baked = await bake_recipe(engine, loaded, progress=tell, force=force)
     manifest = baked.snapshot.manifest
@@ -69,55 +66,3 @@ async def templates(data_dir: Path, *, as_json: bool) -> int:
     columns = ("NAME", "DIGEST", "CPU×MIB", "RUNNER", "LABELS", "AGE", "DESCRIPTION")
     show.table(columns, rows, empty="no template yet: microvm bake python-ci", right=("AGE",))
     return 0
-
-
-class _progress:  # noqa: N801
-    """Live bars on a terminal, else a line per message; either way on stderr."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._bars: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
-        self._last = ""
-
-    def __enter__(self) -> Callable[[BakeEvent], None]:
-        if not self._console.is_terminal:
-            return self._line
-        self._bars = Progress(
-            SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.fields[step]:<14}", markup=False),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=self._console,
-        )
-        self._bars.start()
-        return self._bar
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self._bars is not None:
-            if kind is None:
-                for task in self._tasks.values():
-                    self._bars.update(task, total=1.0, completed=1.0)
-            self._bars.stop()
-
-    def _bar(self, event: BakeEvent) -> None:
-        bars = self._bars
-        if bars is None:
-            return
-        task = self._tasks.get(event.step)
-        if task is None:
-            for earlier in self._tasks.values():
-                bars.update(earlier, total=1.0, completed=1.0)
-            task = self._tasks[event.step] = bars.add_task("", total=None, step=event.step[:14])
-        text = (event.log or event.message).strip()[-100:]
-        if event.fraction is not None:
-            bars.update(task, description=text, total=1.0, completed=event.fraction)
-        else:
-            bars.update(task, description=text)
-
-    def _line(self, event: BakeEvent) -> None:
-        text = f"{event.step}: {event.log if event.log is not None else event.message}"
-        if text != self._last:
-            self._last = text
-            sys.stderr.write(text + "\n")
