@@ -109,7 +109,7 @@ def doctor(*, config: Path | None, data_dir: Path | None, as_json: bool) -> int:
 
 
 @cli.command()
-@click.argument("recipe")
+@click.argument("recipe", required=False)
 @click.option(
     "--set",
     "overrides",
@@ -118,19 +118,62 @@ def doctor(*, config: Path | None, data_dir: Path | None, as_json: bool) -> int:
     help="Replace a value of the recipe; repeatable.",
 )
 @click.option("--force", is_flag=True, help="Bake again even if a template of the same inputs exists.")
+@click.option(
+    "--repo", "url", metavar="URL", help="Bake the parent of this repository (URL or path) instead."
+)
+@click.option("--ref", help="With --repo: branch, tag or commit. Default: the default branch.")
+@click.option("--branch", help="With --repo: the branch it is the parent of, where --ref is no branch.")
+@click.option(
+    "--name", metavar="OWNER/REPO", help="With --repo: its name. Default: the last two parts of URL."
+)
+@click.option("--template", help="With --repo: the base template. Default: the settings' default_template.")
+@click.option(
+    "--credential-stdin", is_flag=True, help='With --repo: read {"username": …, "password": …} from stdin.'
+)
 @config_option
 @data_dir_option
 @json_option
 def bake(
     *,
-    recipe: str,
+    recipe: str | None,
     overrides: tuple[str, ...],
     force: bool,
+    url: str | None,
+    ref: str | None,
+    branch: str | None,
+    name: str | None,
+    template: str | None,
+    credential_stdin: bool,
     config: Path | None,
     data_dir: Path | None,
     as_json: bool,
 ) -> int:
-    """Make a template from RECIPE: the name of a shipped recipe (minimal, python-ci, github-runner) or a YAML file."""
+    """Make a template from RECIPE: the name of a shipped recipe (minimal, python-ci, github-runner) or a YAML file.
+
+    With --repo: make the parent of a repository, in which its dependencies are installed, as a fork of a template.
+    """
+    settings = settings_of(config, data_dir)
+    if url is not None:
+        from runner_service.commands import repository  # noqa: PLC0415
+
+        if recipe is not None or overrides:
+            raise click.UsageError(
+                "RECIPE and --set do not go with --repo: its base is named with --template"
+            )
+        wish = repository.Wish(
+            url=url,
+            ref=ref,
+            branch=branch,
+            name=name,
+            template=template,
+            force=force,
+            credential_stdin=credential_stdin,
+        )
+        return run_async(repository.bake(settings, wish, as_json=as_json))
+    if recipe is None:
+        raise click.UsageError("name a RECIPE, or a repository with --repo: microvm bake python-ci")
+    if any((ref, branch, name, template, credential_stdin)):
+        raise click.UsageError("--ref, --branch, --name, --template and --credential-stdin go with --repo")
     from runner_service.commands import host  # noqa: PLC0415
 
     pairs: dict[str, str] = {}
@@ -139,8 +182,7 @@ def bake(
         if not equals:
             raise click.BadParameter(f"'{override}' is not KEY=VALUE", param_hint="--set")
         pairs[key] = value
-    directory = settings_of(config, data_dir).data_dir
-    return run_async(host.bake(directory, recipe, pairs, force=force, as_json=as_json))
+    return run_async(host.bake(settings.data_dir, recipe, pairs, force=force, as_json=as_json))
 
 
 @cli.command()
