@@ -10,6 +10,7 @@ waits for the other. What a killed bake leaves is never taken for a template: ca
 by one rename, and half-built directories are removed by the next bake.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import time
@@ -19,6 +20,7 @@ import msgspec
 
 from images import rootfs
 from images.cache import Cache
+from images.catalog import Catalog
 from images.errors import BakeFailed
 from images.events import BakeEvent, Step
 from images.plan import Plan, make_plan, open_networks
@@ -116,10 +118,11 @@ class _Bake:
             found = self._find(plan.inputs)
             # With force, one that somebody else has baked while we waited is as new as ours would be.
             if found is not None and (not force or found.manifest.created_at >= begun):
-                self._engine.snapshots.set_name(self._recipe.name, found.digest)
+                await self._promote(found, "baked already")
                 step(f"{self._recipe.name} is baked already: {found.digest[:12]}", 1.0)
                 return Baked(snapshot=found, cache_hit=True, seconds=time.monotonic() - self._started)
             snapshot = await self._make(plan)
+            await self._promote(snapshot, "baked")
         return Baked(
             snapshot=snapshot,
             cache_hit=False,
@@ -155,13 +158,15 @@ class _Bake:
                     vm,
                     digest=self._digest(plan.inputs),
                     labels=self._labels(plan, version),
-                    name=self._recipe.name,
                     # Forks are open to what jobs may reach, not to what the warm steps needed.
                     network=job_network,
                     blanks=[]
                     if version is None
                     else [f"{RUNNER_FILES}/{name}" for name in RUNNER_FILE_NAMES],
                 )
+
+    async def _promote(self, snapshot: Snapshot, why: str) -> None:
+        await asyncio.to_thread(Catalog(self._engine).promote, self._recipe.name, snapshot.digest, why)
 
     async def root_disk(self) -> BootImage:
         return await self._image(await self._plan())
