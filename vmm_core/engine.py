@@ -177,12 +177,13 @@ class Engine:
         ttl: float = 3600.0,
         metadata: Mapping[str, str] | None = None,
         allow: Sequence[EgressRule] | None = None,
+        network: Network | None = None,
         hostname: str | None = None,
         owner: str | None = None,
     ) -> AsyncGenerator[RunningVm]:
         """A clone of ``parent``, revived; destroyed at the end. Arguments and errors as ``launch``."""
         vm = await self.launch(
-            parent, ttl=ttl, metadata=metadata, allow=allow, hostname=hostname, owner=owner
+            parent, ttl=ttl, metadata=metadata, allow=allow, network=network, hostname=hostname, owner=owner
         )
         try:
             yield vm
@@ -196,12 +197,14 @@ class Engine:
         ttl: float = 3600.0,
         metadata: Mapping[str, str] | None = None,
         allow: Sequence[EgressRule] | None = None,
+        network: Network | None = None,
         hostname: str | None = None,
         owner: str | None = None,
     ) -> RunningVm:
         """A clone of ``parent`` (a name, digest or snapshot) that lives until destroyed or ``ttl`` seconds old.
 
-        ``allow`` narrows or replaces the endpoints its template is open to. ``owner`` is for whom it runs: a parent
+        ``allow`` narrows or replaces the endpoints its template is open to, ``network`` all of its network (with or
+        without a card it must stay). ``owner`` is for whom it runs: a parent
         that has an owner is forked for no other. When this raises, nothing is left. Raises UnknownTemplate,
         WrongOwner, SnapshotInvalid, PoolFull, HostOutOfMemory, BadRequest, VmFailed, GuestError.
         """
@@ -209,12 +212,14 @@ class Engine:
         snapshot = parent if isinstance(parent, Snapshot) else self.snapshots.resolve(parent)
         manifest = snapshot.manifest
         owner = common_owner(manifest.owner, owner, f"a fork of {_called(manifest)}")
-        machine = manifest.machine.on(_opened(manifest.machine.network, allow))
+        machine = manifest.machine.on(_opened(network or manifest.machine.network, allow))
         await self._require(machine, _FORK_MEMORY_MIB)
         self._require_fit(manifest)
-        return await self._clone(
-            snapshot, machine, new_identity(hostname), ttl, metadata, parent=manifest.digest, owner=owner
-        )
+        identity = new_identity(hostname)
+        with self.snapshots.kept(manifest.digest):  # until the VM's record says that it stands on it
+            return await self._clone(
+                snapshot, machine, identity, ttl, metadata, parent=manifest.digest, owner=owner
+            )
 
     async def _clone(
         self,

@@ -123,6 +123,17 @@ class SnapshotStore:
         """
         return _lock(self._pool.snapshots / digest, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
 
+    @contextlib.contextmanager
+    def kept(self, digest: str) -> Generator[None]:
+        """Within, nobody removes this snapshot. UnknownTemplate when somebody does right now, or has."""
+        held = self.hold(digest)
+        if held is None:
+            raise UnknownTemplate(f"template {digest[:12]} is being removed or thawed: take another")
+        try:
+            yield
+        finally:
+            os.close(held)
+
     def load(self, digest: str) -> Snapshot:
         """The snapshot of exactly this digest. UnknownTemplate, or SnapshotInvalid when files are missing or cut."""
         path = self._pool.snapshots / digest
@@ -224,9 +235,10 @@ class SnapshotStore:
         return sorted(found, key=lambda snapshot: snapshot.manifest.created_at, reverse=True)
 
     def remove(self, digest: str) -> None:
-        """Delete a snapshot and its names. Forks under way keep what they have open.
+        """Delete a snapshot and its names.
 
-        Raises UnknownTemplate when there is none, SnapshotInUse, naming them, when VMs or snapshots stand on it.
+        Raises UnknownTemplate when there is none, SnapshotInUse, naming them, when VMs or snapshots stand on it, or
+        forks of it are under way.
         """
         target = self._pool.snapshots / digest
         if not (_DIGEST.fullmatch(digest) and target.is_dir()):
