@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from images.errors import BuildFailed
@@ -43,21 +43,26 @@ async def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
+    inherit: Container[str] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> bytes:
     """Run a program to its end and return its standard output.
 
-    ``on_line`` gets every line of standard error as it comes. ``env`` is added to ours. ``doing`` completes
+    ``on_line`` gets every line of standard error as it comes. ``env`` is added to ours, or to the variables of
+    ours that ``inherit`` names; ``pass_fds`` are open in the program as well. ``doing`` completes
     "could not …". The program is killed when we are, so that a dead bake leaves none running.
     Raises BuildFailed: program missing, non-zero exit (with its last lines), or ``timeout`` seconds over.
     """
     command = [require("setpriv"), "--pdeathsig", "KILL", "--", require(argv[0]), *argv[1:]]
+    ours = {name: value for name, value in os.environ.items() if inherit is None or name in inherit}
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})},
+        env={**ours, "LC_ALL": "C.UTF-8", **(env or {})},
         cwd=cwd,
+        pass_fds=pass_fds,
         limit=_LINE_LIMIT,
         start_new_session=True,
     )
