@@ -2,32 +2,19 @@
 
 import asyncio
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 import click
 from rich_click import RichGroup
 
-if TYPE_CHECKING:
-    from runner_service.settings import Settings
+from runner_service.options import config_option, data_dir_option, json_option, run_async, settings_of
+from runner_service.templates_cli import templates
 
 _OURS = ("vmm_core.", "images.", "github_webhook.", "runner_service.")
 _USAGE = ("SettingsError", "RecipeError", "ServiceBusyError", "BadRequest")
 
 
-config_option = click.option(
-    "--config",
-    "config",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Settings file (TOML). Default: $MICROVM_CONFIG, ./microvm.toml, /etc/microvm/microvm.toml.",
-)
-data_dir_option = click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Data directory. Default: $MICROVM_DATA_DIR, the settings, /var/lib/microvm.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 api_option = click.option(
     "--api", envvar="MICROVM_API", help="Address of the service, such as http://127.0.0.1:8470."
 )
@@ -74,24 +61,6 @@ def main() -> NoReturn:
 def _expected(error: Exception) -> bool:
     """Errors that our packages raise on purpose say what to do; any other is a fault of ours and shows itself."""
     return f"{type(error).__module__}.".startswith(_OURS)
-
-
-def settings_of(config: Path | None, data_dir: Path | None) -> "Settings":
-    """The settings, with the data directory of the command line if one was given."""
-    import msgspec  # noqa: PLC0415
-
-    from runner_service import settings  # noqa: PLC0415
-
-    found = settings.load(config)
-    if data_dir is None:
-        return found
-    service = msgspec.structs.replace(found.service, data_dir=str(data_dir))
-    return msgspec.structs.replace(found, service=service)
-
-
-def run_async(coroutine: Coroutine[Any, Any, int | None]) -> int:
-    """Run a command's coroutine; its answer is the exit code."""
-    return asyncio.run(coroutine) or 0
 
 
 # ── this host ────────────────────────────────────────────────────────────────────────────────────
@@ -185,15 +154,7 @@ def bake(
     return run_async(host.bake(settings.data_dir, recipe, pairs, force=force, as_json=as_json))
 
 
-@cli.command()
-@config_option
-@data_dir_option
-@json_option
-def templates(*, config: Path | None, data_dir: Path | None, as_json: bool) -> int:
-    """List the templates of this host."""
-    from runner_service.commands import host  # noqa: PLC0415
-
-    return run_async(host.templates(settings_of(config, data_dir).data_dir, as_json=as_json))
+cli.add_command(templates)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -1,11 +1,10 @@
-"""``microvm doctor | bake | templates``: what this host offers and holds."""
+"""``microvm doctor | bake``: what this host offers, and what is made on it."""
 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from images.bake import bake as bake_recipe
-from images.catalog import templates as list_templates
 from images.recipe import load_recipe
 from runner_service.commands import show
 from runner_service.commands.progress import Progress
@@ -47,22 +46,4 @@ async def bake(
         return 0
     how = "was baked already" if baked.cache_hit else f"baked in {baked.seconds:.1f} s"
     sys.stdout.write(f"{loaded.name} {manifest.digest[:12]} {how}\n")
-    return 0
-
-
-async def templates(data_dir: Path, *, as_json: bool) -> int:
-    found = []
-    if data_dir.is_dir():
-        async with Engine.open(data_dir) as engine:
-            found = list_templates(engine)
-    if as_json:
-        show.print_json(found)
-        return 0
-    rows = [
-        (t.name, t.digest[:12], f"{t.machine.vcpus}×{t.machine.memory_mib}", t.runner, " ".join(t.labels),
-         show.ago(t.created_at), t.description)
-        for t in found
-    ]  # fmt: skip
-    columns = ("NAME", "DIGEST", "CPU×MIB", "RUNNER", "LABELS", "AGE", "DESCRIPTION")
-    show.table(columns, rows, empty="no template yet: microvm bake python-ci", right=("AGE",))
     return 0
