@@ -89,7 +89,7 @@ def load_recipe(name_or_path: str, *, overrides: Mapping[str, str] | None = None
         for key, value in extra.items():
             merged[key] = _replace(merged.get(key), value)
         whole = RecipeFile(path="override", values=_absolute(merged, Path.cwd()), lines={})
-    source = convert(whole, strict=not overrides)
+    source = convert(whole, Source, strict=not overrides)
     check(source, whole)
     name = name_or_path if name_or_path in shipped_recipes() else str(chain[-1].path)
     made_from = msgspec.json.encode(_MadeFrom(name, _from_anywhere(overrides or {}))).decode()
@@ -128,7 +128,7 @@ def _read_chain(name_or_path: str) -> list[RecipeFile]:
         values, lines = load(path)
         file = RecipeFile(path=path, values=_absolute(values, path.parent), lines=lines)
         chain.insert(0, file)
-        source = convert(file)
+        source = convert(file, Source)
         check(source, file)
         if source.extends is None:
             return chain

@@ -5,22 +5,26 @@ import ipaddress
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, cast
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
+from msgspec import inspect
 
 from images.errors import RecipeError
 from images.positions import Place, Plain, key_path
 from vmm_core.machine import EgressRule
 
-# Stands in an egress list for: the host of this machine's pip index and the hosts that serve its files.
+# Stands in an egress list for: the hosts of this machine's pip index and npm registry, and of their files.
 PACKAGE_REGISTRIES = "package-registries"
 # Stands in an egress list for: every public address, and the host's resolvers.
 INTERNET = "internet"
 WORDS = (PACKAGE_REGISTRIES, INTERNET)
 
+# MiB, smallest and largest.
+_SIZES = {"memory": (64, 1 << 20), "disk": (512, 16 << 20)}
 _UNITS = {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024, "TiB": 1024 * 1024}
 _T = TypeVar("_T")
+_S = TypeVar("_S", bound=msgspec.Struct)
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=65536)]
 Path_ = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=4096)]
@@ -139,15 +143,15 @@ def _address(text: str) -> str | None:
     return str(network if network.num_addresses > 1 else network.network_address)
 
 
-def convert(file: RecipeFile, *, strict: bool = True) -> Source:
-    """The typed recipe of a file. Not ``strict``: "2" may stand for 2, as on a command line."""
+def convert(file: RecipeFile, kind: type[_S], *, strict: bool = True) -> _S:
+    """The values of a file as typed. Not ``strict``: "2" may stand for 2, as on a command line."""
     try:
-        return msgspec.convert(file.values, Source, strict=strict)
+        return msgspec.convert(file.values, kind, strict=strict)
     except msgspec.ValidationError as error:
-        raise _explain(str(error), file) from None
+        raise _explain(str(error), file, kind) from None
 
 
-def _explain(text: str, file: RecipeFile) -> RecipeError:
+def _explain(text: str, file: RecipeFile, kind: type[msgspec.Struct]) -> RecipeError:
     """msgspec's message, with its ``$.warm[0].run`` turned into file, line and key."""
     message, _, where = text.partition(" - at `$")
     place: Place = tuple(
@@ -156,7 +160,7 @@ def _explain(text: str, file: RecipeFile) -> RecipeError:
     )
     unknown = re.search(r"unknown field `(.*)`", message)
     if unknown:
-        allowed = _fields_at(place)
+        allowed = _fields_at(kind, place)
         key = unknown.group(1)
         return file.error(f"unknown key{closest(key, allowed)}. Allowed: {', '.join(allowed)}", (*place, key))
     missing = re.search(r"missing required field `(.*)`", message)
@@ -179,13 +183,17 @@ def _plain_words(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _fields_at(place: Place) -> list[str]:
+def _fields_at(kind: type[msgspec.Struct], place: Place) -> list[str]:
     """The keys allowed in the mapping at a place."""
-    inner: dict[str, type[msgspec.Struct]] = {
-        "machine": MachineSource, "files": TreeFile, "warm": WarmStep, "runner": RunnerSource
-    }  # fmt: skip
-    struct = inner.get(str(place[0]), Source) if place else Source
-    return list(struct.__struct_fields__)
+    node = inspect.type_info(kind)
+    for part in place:
+        inside = [node, *(node.types if isinstance(node, inspect.UnionType) else ())]
+        for one in inside:
+            if isinstance(one, inspect.StructType):
+                node = next(field.type for field in one.fields if field.encode_name == part)
+            elif isinstance(one, inspect.ListType):
+                node = one.item_type
+    return [field.encode_name for field in node.fields] if isinstance(node, inspect.StructType) else []
 
 
 def closest(word: str, known: Sequence[str]) -> str:
@@ -195,21 +203,33 @@ def closest(word: str, known: Sequence[str]) -> str:
 
 def check(source: Source, file: RecipeFile) -> None:
     """What types alone cannot say. Raises RecipeError at the value that is wrong."""
-    for key, smallest, largest in (("memory", 64, 1 << 20), ("disk", 512, 16 << 20)):
-        place: Place = ("machine", key)
-        size = _parsed(file, place, parse_size, cast("str", getattr(source.machine, key)))
-        if not smallest <= size <= largest:
-            raise file.error(f"{size} MiB is outside {smallest} MiB to {largest} MiB", place)
-    for key in ("egress", "warm_egress"):
-        for index, rule in enumerate(cast("list[str]", getattr(source, key))):
-            if rule not in WORDS:
-                _parsed(file, (key, index), parse_egress, rule)
+    check_size(file, "memory", source.machine.memory)
+    check_size(file, "disk", source.machine.disk)
+    check_egress(file, "egress", source.egress)
+    check_egress(file, "warm_egress", source.warm_egress)
     for index, item in enumerate(source.files):
         if (item.content is None) == (item.source is None):
             raise file.error("give either content or source", ("files", index))
         if ".." in Path(item.dest).parts or item.dest.endswith("/"):
             raise file.error("must be the absolute path of a file, without ..", ("files", index, "dest"))
     _check_runner(source.runner, file)
+
+
+def check_size(file: RecipeFile, key: str, text: str) -> int:
+    """MiB of ``machine.memory`` or ``machine.disk``. Raises RecipeError."""
+    place: Place = ("machine", key)
+    smallest, largest = _SIZES[key]
+    size = _parsed(file, place, parse_size, text)
+    if not smallest <= size <= largest:
+        raise file.error(f"{size} MiB is outside {smallest} MiB to {largest} MiB", place)
+    return size
+
+
+def check_egress(file: RecipeFile, key: str, rules: Sequence[str]) -> None:
+    """Raises RecipeError at the first that is neither a rule nor one of the words."""
+    for index, rule in enumerate(rules):
+        if rule not in WORDS:
+            _parsed(file, (key, index), parse_egress, rule)
 
 
 def _check_runner(runner: RunnerSource | None, file: RecipeFile) -> None:
