@@ -1,13 +1,18 @@
-"""Where this host gets Python packages: what ``package-registries`` in an egress list stands for.
+"""Where this host gets Python and Node packages: what ``package-registries`` in an egress list stands for.
 
-pip is asked, so no registry's name stands in our code: its configuration names the index, its help the
-default one, and a dry run tells which hosts serve the files.
+pip and npm are asked, so no registry's name stands in our code: their configuration names the index, a dry run
+or a look at one package tells which hosts serve the files. A host without npm has no registry of npm's to
+tell: its guests then reach none.
 """
 
+import asyncio
+import contextlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -16,8 +21,10 @@ from images import commands
 from images.errors import BuildFailed
 from vmm_core.machine import EgressRule
 
-# Any package serves to see where files come from; this one is small and every index has it.
-_PROBE = "pip"
+# Any package serves to see where files come from; these every index has.
+_PROBE, _NPM_PROBE = "pip", "npm"
+# npm's global configuration in a guest whose Node.js stands in /usr/local.
+NPMRC = "/usr/local/etc/npmrc"
 _QUIET = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "NO_COLOR": "1", "COLUMNS": "400"}
 
 
@@ -48,10 +55,43 @@ async def pip_index() -> PipIndex:
     return PipIndex(url=default.group(1), default=True)
 
 
+async def npm_registry() -> str | None:
+    """The registry this host's npm is configured for; None without npm. Raises BuildFailed when its address
+    holds credentials."""
+    if shutil.which("npm") is None:
+        return None
+    url = await _npm("config", "get", "registry", doing="read npm's configuration")
+    if has_credentials(url):
+        raise BuildFailed(
+            "this host's npm registry has a password or token in its address, which would reach the template. "
+            "Give npm the password through _authToken in ~/.npmrc, and registry an address without one"
+        )
+    return url
+
+
 async def package_registries(say: Callable[[str], None]) -> tuple[EgressRule, ...]:
-    """The endpoints a guest needs to install Python packages as this host does. Takes seconds."""
+    """The endpoints a guest needs to install Python and Node packages as this host does. Takes seconds."""
+    say("asking pip and npm which hosts serve packages")
+    async with asyncio.TaskGroup() as tasks:
+        found = [tasks.create_task(part()) for part in (_python_urls, _node_urls)]
+    return endpoints([url for task in found for url in task.result()])
+
+
+async def _node_urls() -> list[str]:
+    registry = await npm_registry()
+    if registry is None:
+        return []
+    # Files may come from another host than the index. A registry that does not know the package serves its own.
+    with contextlib.suppress(BuildFailed):
+        return [
+            registry,
+            await _npm("view", _NPM_PROBE, "dist.tarball", doing="find what serves npm's files"),
+        ]
+    return [registry]
+
+
+async def _python_urls() -> list[str]:
     index = await pip_index()
-    say("asking pip which hosts serve packages")
     report = await _pip(
         *(
             "install",
@@ -69,7 +109,7 @@ async def package_registries(say: Callable[[str], None]) -> tuple[EgressRule, ..
     )
     found = msgspec.json.decode(report, type=dict[str, msgspec.Raw])
     items = msgspec.json.decode(found["install"], type=list[_Item])
-    return endpoints([index.url, *(item.download_info.url for item in items)])
+    return [index.url, *(item.download_info.url for item in items)]
 
 
 def endpoints(urls: Sequence[str]) -> tuple[EgressRule, ...]:
@@ -91,6 +131,15 @@ def pip_conf(index: PipIndex | None, *, local_ca: bool) -> bytes:
         lines.append(f"index-url = {urlunsplit(urlsplit(index.url))}")
     if local_ca:
         lines.append("cert = /etc/ssl/certs/ca-certificates.crt")
+    return "\n".join(lines).encode() + b"\n"
+
+
+def npmrc(registry: str, *, local_ca: bool) -> bytes:
+    """npm's global configuration for a guest: the host's registry, and the system's CA bundle where the host
+    has CAs of its own. Tokens of the host's npmrc stay on the host."""
+    lines = [f"registry={registry}", "update-notifier=false"]
+    if local_ca:
+        lines.append("cafile=/etc/ssl/certs/ca-certificates.crt")
     return "\n".join(lines).encode() + b"\n"
 
 
@@ -121,3 +170,9 @@ async def _pip(*arguments: str, doing: str, plain: bool = False) -> str:
         arguments = (*arguments, *(("--cert", bundle[-1]) if bundle else ()))
     output = await commands.run([*command, *arguments], timeout=180, doing=doing, env=environment)
     return output.decode()
+
+
+async def _npm(*arguments: str, doing: str) -> str:
+    """npm's output, asked where no project's .npmrc has a say."""
+    output = await commands.run(["npm", *arguments], timeout=180, doing=doing, env=_QUIET, cwd=Path("/"))
+    return output.decode().strip()

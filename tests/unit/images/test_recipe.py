@@ -46,10 +46,10 @@ def test_extends_appends_lists_and_replaces_values():
     base, child = load_recipe("python-ci"), load_recipe("github-runner")
     assert child.packages[: len(base.packages)] == base.packages
     assert "libicu72" in child.packages
-    assert child.warm == base.warm
+    assert child.warm[: len(base.warm)] == base.warm
     assert child.sudo
     assert child.name == "github-runner"
-    assert child.origin == ("minimal.yml", "python-ci.yml", "github-runner.yml")
+    assert child.origin == ("minimal.yml", "python-ci.yml", "node-ci.yml", "github-runner.yml")
 
 
 def test_no_network_card_without_egress():
