@@ -5,6 +5,7 @@ What holds here is what the service may expect of ``bin/Runner.Listener run`` in
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from images import warm_guest
 from tests.standins.github import as_process
 from tests.standins.github_model import Times
 from tests.standins.github_world import (
@@ -248,21 +250,53 @@ def _environ(directory: Path) -> str:
 # -- checkout ------------------------------------------------------------------------------------
 
 
-async def test_a_warm_repository_saves_the_fetch(world: ForgeWorld) -> None:
-    warm = world.tmp / "warm"
-    subprocess.run(["git", "clone", "-q", str(world.tmp / REPO), str(warm)], check=True)
-    run = await world.forge.queue_run(OWNER, REPO)
-    await world.runner(ACTIONS_RUNNER_WARM_REPO=str(warm))
-    assert (await world.forge.wait_for(run.jobs[0])).conclusion == "success"
-    assert not any("git-upload-pack" in call for call in world.forge.calls)
-    # A commit the warm copy does not have is fetched.
+def make_warm(world: ForgeWorld, root: Path, commit: str, url: str) -> Path:
+    """The work folder as a bake leaves it: made by the very script, from a tar of a shallow ``.git``."""
+    source = world.tmp / f"source-{commit[:7]}"
+    subprocess.run(["git", "init", "-q", str(source)], check=True)
+    git(source, "fetch", "-q", "--depth=1", f"file://{world.tmp / REPO}", commit)
+    git(source, "update-ref", "refs/remotes/origin/main", commit)
+    tar = world.tmp / f"{commit[:7]}.tar"
+    subprocess.run(["tar", "-cf", str(tar), "-C", str(source), ".git"], check=True)
+    directory = root / "_work" / REPO / REPO
+    subprocess.run(warm_guest.unpack(str(directory), str(tar), commit, "main", url), check=True)
+    return directory
+
+
+async def test_a_warm_work_folder_is_kept_and_only_the_difference_is_fetched(world: ForgeWorld) -> None:
+    (world.tmp / REPO / "large.bin").write_bytes(random.Random(4).randbytes(300_000))
+    git(world.tmp / REPO, "add", ".")
+    git(world.tmp / REPO, "commit", "-q", "-m", "Large")
+    old = git(world.tmp / REPO, "rev-parse", "HEAD")
     (world.tmp / REPO / "greeting.txt").write_text("good evening\n")
     git(world.tmp / REPO, "commit", "-q", "-am", "Second")
     run = await world.forge.queue_run(OWNER, REPO)
-    await world.runner("r2", ACTIONS_RUNNER_WARM_REPO=str(warm))
-    assert (await world.forge.wait_for(run.jobs[0])).conclusion == "success"
+    root = world.tmp / "runner-r1"
+    directory = make_warm(world, root, old, warm_guest.checkout_url(world.forge.url, f"{OWNER}/{REPO}"))
+    kept = (directory / ".git").stat().st_ino
+    (directory / "left-over.txt").write_text("from the bake\n")
+    (directory / "greeting.txt").write_text("changed by the bake\n")
+    await world.runner("r1")
+    assert (await world.forge.wait_for(run.jobs[0])).conclusion == "success", world.forge.log(run.jobs[0].id)
+    assert (directory / ".git").stat().st_ino == kept
     assert "good evening\n" in world.forge.log(run.jobs[0].id)
-    assert any("git-upload-pack" in call for call in world.forge.calls)
+    assert not (directory / "left-over.txt").exists()
+    assert git(directory, "status", "--porcelain") == ""
+    assert git(directory, "symbolic-ref", "HEAD") == "refs/heads/main"
+    packs = sum(path.stat().st_size for path in (directory / ".git/objects").rglob("*") if path.is_file())
+    assert packs < 310_000, "the large file came a second time"
+
+
+async def test_a_work_folder_of_another_origin_is_made_anew(world: ForgeWorld) -> None:
+    run = await world.forge.queue_run(OWNER, REPO)
+    root = world.tmp / "runner-r1"
+    commit = git(world.tmp / REPO, "rev-parse", "HEAD")
+    url = warm_guest.checkout_url(world.forge.url, f"{OWNER}/{REPO}") + ".git"
+    directory = make_warm(world, root, commit, url)
+    await world.runner("r1")
+    assert (await world.forge.wait_for(run.jobs[0])).conclusion == "success"
+    assert git(directory, "config", "remote.origin.url") == url.removesuffix(".git")
+    assert "Deleting the contents" in world.forge.log(run.jobs[0].id)
 
 
 async def test_an_older_commit_than_the_branchs(world: ForgeWorld) -> None:

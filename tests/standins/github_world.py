@@ -104,7 +104,7 @@ class HostRunner:
         self._reader: asyncio.Task[None] | None = None
 
     def install(self, files: Mapping[str, bytes]) -> None:
-        self.root.mkdir()
+        self.root.mkdir(exist_ok=True)  # a warm work folder may be there
         tarball = build_runner_tarball(self.root.with_suffix(".tar.gz"))
         with tarfile.open(tarball) as tar:
             tar.extractall(self.root, filter="data")

@@ -123,11 +123,12 @@ class Job:
         return self._report(status)
 
     def _checkout(self, step):
+        """As actions/checkout: the work folder of before is kept where its origin is the same (clean, reset), else
+        made anew; then one fetch of depth 1 and a checkout. Its questions to git that change nothing are left out."""
         message = self.message
         self.log.line("##[group]Run " + step["uses"])
         self.log.line("Syncing repository: " + message["repository"])
         self.log.line("##[endgroup]")
-        known = self._repository_made()
         basic = binascii.b2a_base64(b"x-access-token:" + message["token"].encode(), newline=False).decode()
         # By environment, because arguments can be read by everyone on the machine.
         env = {
@@ -139,43 +140,54 @@ class Job:
             "GIT_CONFIG_VALUE_1": "0",
         }
         git = self.host.which("git")
-        sha = message["sha"]
-        if known and self._command([git, "cat-file", "-e", sha + "^{tree}"], env, quiet=True) == 0:
-            self.log.line("The commit is here already.")
-        else:
-            fetch = [
-                git,
-                "fetch",
-                "--no-tags",
-                "--depth=1",
-                "--no-recurse-submodules",
-                message["clone_url"],
-                sha,
-            ]
-            status = self._command(fetch, env)
-            if status != 0:
-                return self._report(status)
-        return self._report(
-            self._command([git, "-c", "advice.detachedHead=false", "checkout", "-f", "-q", sha], env)
-        )
+        url = message["server_url"].rstrip("/") + "/" + message["repository"]
+        if not self._kept(git, url, env):
+            self._recreate(url, env)
+        ref = message["ref"]
+        kind, _, short = ref.removeprefix("refs/").partition("/")
+        remote = "refs/remotes/" + ("pull/" if kind == "pull" else "origin/") + short
+        spec = "+" + message["sha"] + ":" + (ref if kind == "tags" else remote)
+        fetch = [git, "-c", "protocol.version=2", "fetch", "--no-tags", "--prune", "--no-recurse-submodules"]
+        status = self._command([*fetch, "--depth=1", "origin", spec], env)
+        if status != 0:
+            return self._report(status)
+        where = ["-B", short, remote] if kind == "heads" else [ref if kind == "tags" else remote]
+        checkout = [git, "-c", "advice.detachedHead=false", "checkout", "-q", "--force", *where]
+        return self._report(self._command(checkout, env))
 
-    def _repository_made(self):
-        """Lay out an empty repository (cheaper than ``git init``). True if objects may be here already."""
-        git = self.workspace + "/.git"
-        if files.exists(git + "/HEAD"):
-            return True
-        for directory in ("/objects/info", "/objects/pack", "/refs/heads", "/refs/tags"):
-            files.make(git + directory)
-        files.write(git + "/HEAD", b"ref: refs/heads/main\n")
-        files.write(
-            git + "/config", b"[core]\n\trepositoryformatversion = 0\n\tfilemode = true\n\tbare = false\n"
-        )
-        warm = self.host.env.get("ACTIONS_RUNNER_WARM_REPO")
-        for objects in (warm + "/.git/objects", warm + "/objects") if warm else ():
-            if files.exists(objects):
-                files.write(git + "/objects/info/alternates", objects.encode() + b"\n")
-                return True
-        return False
+    def _kept(self, git, url, env):
+        """Whether the repository that is there can be used, and is then clean."""
+        directory = self.workspace + "/.git"
+        if not files.exists(directory) or _origin(directory + "/config") != url:
+            return False
+        for name in ("/index.lock", "/shallow.lock"):
+            if files.exists(directory + name):
+                posix.unlink(directory + name)
+        commands = []
+        if files.read(directory + "/HEAD").startswith(b"ref: refs/heads/"):
+            commands.append(["checkout", "-q", "--detach"])
+        if files.exists(directory + "/packed-refs") or posix.listdir(directory + "/refs/heads"):
+            branches = "git for-each-ref --format='delete %(refname)' refs/heads | git update-ref --stdin"
+            commands.append(["-c", "alias.forget-branches=!" + branches, "forget-branches"])
+        commands += [["clean", "-q", "-ffdx"], ["reset", "-q", "--hard", "HEAD", "--"]]
+        for command in commands:
+            if self._command([git, *command], env, quiet=True) != 0:
+                self.log.line("##[warning]The repository will be recreated instead.")
+                return False
+        return True
+
+    def _recreate(self, url, env):
+        """An empty repository with its origin (laid out by hand: cheaper than ``git init``)."""
+        if posix.listdir(self.workspace):
+            self.log.line(f"Deleting the contents of '{self.workspace}'")
+            self._command(["/usr/bin/find", self.workspace, "-mindepth", "1", "-delete"], env)
+        directory = self.workspace + "/.git"
+        for name in ("/objects/info", "/objects/pack", "/refs/heads", "/refs/tags"):
+            files.make(directory + name)
+        files.write(directory + "/HEAD", b"ref: refs/heads/main\n")
+        config = "[core]\n\trepositoryformatversion = 0\n\tfilemode = true\n\tbare = false\n"
+        origin = "\turl = " + url + "\n\tfetch = +refs/heads/*:refs/remotes/origin/*\n"
+        files.write(directory + "/config", (config + '[remote "origin"]\n' + origin).encode())
 
     def _report(self, status):
         if status != 0 and self.cancelled_at is None:
@@ -367,6 +379,22 @@ def _assignments(text):
             found[head] = "\n".join(body)
         elif equals:
             found[name] = value
+    return found
+
+
+def _origin(path):
+    """The address of origin in a configuration of git's, as far as git itself writes such files."""
+    found, inside = "", False
+    try:
+        text = files.read(path, 1 << 20).decode("utf-8", "replace")
+    except OSError:
+        return found
+    for line in text.split("\n"):
+        if line.startswith("["):
+            inside = line.strip() == '[remote "origin"]'
+        name, _, value = line.partition("=")
+        if inside and name.strip() == "url":
+            found = value.strip()
     return found
 
 
