@@ -54,8 +54,6 @@ _OPTIONS = (
     "core.hooksPath=/dev/null",
     "transfer.unpackLimit=1",
     "fetch.unpackLimit=1",
-    "http.lowSpeedLimit=1000",
-    "http.lowSpeedTime=60",
     "credential.helper=",
 )
 _MAX_REFERENCES = 500_000

@@ -22,8 +22,8 @@ import msgspec
 
 from images import git_remote
 from images.cache import Cache
-from images.errors import BadRef, MirrorDamaged, RepositoryTimedOut, RepositoryTooLarge
-from images.git_objects import DAMAGED, LINK, SUBMODULE, content, entries, reading, size
+from images.errors import BadRef, MirrorDamaged, MirrorError, RepositoryTimedOut, RepositoryTooLarge
+from images.git_objects import DAMAGED, content, follow, reading, size
 from images.git_remote import Credential, References, parse_url
 from images.schema import closest
 
@@ -59,6 +59,12 @@ class Mirror(msgspec.Struct, frozen=True):
     path: Path
     url: str
 
+    @property
+    def checkout_url(self) -> str:
+        """The address as actions/checkout writes it: without ``.git`` at its end."""
+        web = urlsplit(self.url).scheme in ("http", "https")
+        return self.url.removesuffix(".git") if web else self.url
+
     def default_branch(self) -> str | None:
         """None: the repository's HEAD names no branch that exists."""
         with reading(self.path) as git:
@@ -66,9 +72,9 @@ class Mirror(msgspec.Struct, frozen=True):
         return name if name in self.branches() else None
 
     def branches(self) -> dict[str, str]:
-        """Names of branches, without refs/heads/, to commits."""
+        """Names of branches, without refs/heads/, to commits. Those that no screen can show are left out."""
         found = _references(self.path, "refs/heads/")
-        return {name.removeprefix("refs/heads/"): sha for name, sha in found.items()}
+        return {name.removeprefix("refs/heads/"): sha for name, sha in found.items() if name.isprintable()}
 
     def resolve(self, ref: str | None = None) -> Commit:
         """A branch, a tag or a commit; the default branch for None. Raises BadRef."""
@@ -108,48 +114,41 @@ class Mirror(msgspec.Struct, frozen=True):
         return status == 0
 
     def read(self, commit: str, path: str, limit: int) -> bytes | None:
-        """A file at a commit; None when there is none, or a link or directory. Raises RepositoryTooLarge when
-        it has more than ``limit`` bytes."""
+        """A file at a commit, links inside the repository followed; None when there is none. Raises
+        RepositoryTooLarge when it has more than ``limit`` bytes."""
         with reading(self.path) as git:
-            found = entries(
-                git, commit, lambda mode, name: name == path.encode() and mode not in (LINK, SUBMODULE)
-            )
-            if not found:
+            blob = follow(git, commit, [path.encode()])[0]
+            if blob is None:
                 return None
-            if size(git, found[0].id) > limit:
+            if size(git, blob) > limit:
                 raise RepositoryTooLarge(
                     f"{path} of {self.url} is larger than {limit} bytes. Make it shorter"
                 )
-            return content(git, found[0].id)
+            return content(git, blob)
 
-    async def work_tree_tar(self, commit: Commit, target: Path, *, origin: str | None = None) -> None:
+    async def work_tree_tar(
+        self, commit: Commit, target: Path, *, origin: str | None = None, timeout: float = 300
+    ) -> None:
         """Write a tar with one directory, ``.git``: the commit without its history, HEAD on it, and its branch
         as the remote ``origin`` has it. ``git reset --hard`` then makes the work tree.
 
-        ``origin`` is the remote's address in the guest; without it that of the mirror, as actions/checkout
-        writes it (no ``.git`` at its end), so that a checkout there goes on with what it finds.
-        Raises MirrorError. The caller sets the deadline.
+        ``origin`` is the remote's address in the guest; without it ``checkout_url``, so that a checkout there goes
+        on with what it finds.
+        Raises MirrorError.
         """
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            git_dir = Path(scratch) / ".git"
-            await asyncio.to_thread(_begin, git_dir)
-            name = f"refs/remotes/origin/{commit.branch}" if commit.branch else "refs/microvm/parent"
-            words = [
-                "fetch",
-                "--quiet",
-                "--no-tags",
-                "--no-auto-gc",
-                "--no-write-fetch-head",
-                "--depth=1",
-                "--",
-            ]
-            await git_remote.run(
-                git_dir,
-                [*words, f"file://{self.path.absolute()}", f"{commit.sha}:{name}"],
-                url=self.url,
-                doing="copy a commit of",
-            )
-            await asyncio.to_thread(_pack, git_dir, commit.sha, origin or _as_checked_out(self.url), target)
+        name = f"refs/remotes/origin/{commit.branch}" if commit.branch else "refs/microvm/parent"
+        words = ["fetch", "--quiet", "--no-tags", "--no-auto-gc", "--no-write-fetch-head", "--depth=1", "--"]
+        words += [f"file://{self.path.absolute()}", f"{commit.sha}:{name}"]
+        try:
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                git_dir = Path(scratch) / ".git"
+                async with asyncio.timeout(timeout):
+                    await asyncio.to_thread(_begin, git_dir)
+                    await git_remote.run(git_dir, words, url=self.url, doing="copy a commit of")
+                await asyncio.to_thread(_pack, git_dir, commit.sha, origin or self.checkout_url, target)
+        except TimeoutError:
+            message = f"copying {commit.sha} of {self.url} was not done after {timeout:g} s"
+            raise RepositoryTimedOut(f"{message}. Is this host's disk busy?") from None
 
     def _commit(self, name: str) -> str | None:
         with reading(self.path) as git:
@@ -262,7 +261,10 @@ async def _fetch(
     finally:
         fetching.cancel()
         await asyncio.gather(fetching, return_exceptions=True)
-    await git_remote.run(mirror.path, ["gc", "--auto", "--quiet"], url=mirror.url, doing="tidy the mirror of")
+    with contextlib.suppress(MirrorError):  # what is fetched is fetched
+        await git_remote.run(
+            mirror.path, ["gc", "--auto", "--quiet"], url=mirror.url, doing="tidy the mirror of"
+        )
 
 
 def _check_size(mirror: Mirror, max_mib: int) -> None:
@@ -281,7 +283,9 @@ def _begin(path: Path) -> None:
     """Make it a bare repository, and remove what a killed git left. The caller holds the lock."""
     for part in ("objects/pack", "objects/info", "refs/heads", "refs/tags"):
         (path / part).mkdir(parents=True, exist_ok=True, mode=0o700)
-    (path / "config").write_text(_CONFIG)
+    config = path / "config"
+    if not config.exists() or config.read_text() != _CONFIG:  # somebody may be reading it
+        config.write_text(_CONFIG)
     if not (path / "HEAD").exists():
         (path / "HEAD").write_text(f"ref: {_NO_BRANCH}\n")
     left = [*path.glob("*.lock"), *(path / "refs").rglob("*.lock"), *path.glob("objects/pack/tmp_*")]
@@ -305,10 +309,6 @@ def _prune(locks: Cache, root: Path, keep: int, newest: str) -> None:
             with contextlib.suppress(OSError):
                 path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _as_checked_out(url: str) -> str:
-    return url.removesuffix(".git") if urlsplit(url).scheme in ("http", "https") else url
 
 
 def _pack(git_dir: Path, sha: str, origin: str, target: Path) -> None:
