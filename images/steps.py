@@ -60,16 +60,30 @@ class GuestWork:
 
     async def script(self, kind: str, wanted: WarmStep, *, advice: str, cwd: str | None = None) -> list[str]:
         """Run one script of a recipe as the step ``kind: name``; its last lines. Raises BakeFailed with ``advice``."""
-        with self._steps.step(f"{kind}: {wanted.name}") as step:
-            step(f"{wanted.name} (as {wanted.user}, at most {wanted.timeout:g} s)")
-            argv = ["/bin/sh", "-eu", "-c", wanted.run]
-            result, tail = await self.run(
-                step, argv, user=wanted.user, env=wanted.env, timeout=wanted.timeout, cwd=cwd
-            )
+        name, argv = f"{kind}: {wanted.name}", ["/bin/sh", "-eu", "-c", wanted.run]
+        return await self.command(
+            name, argv, user=wanted.user, env=wanted.env, timeout=wanted.timeout, advice=advice, cwd=cwd
+        )
+
+    async def command(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        timeout: float,
+        advice: str,
+        user: str = "runner",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> list[str]:
+        """Run a command as the step ``name``; its last lines. Raises BakeFailed with ``advice``."""
+        with self._steps.step(name) as step:
+            step(f"{name.rpartition(': ')[2]} (as {user}, at most {timeout:g} s)")
+            result, tail = await self.run(step, argv, user=user, env=env, timeout=timeout, cwd=cwd)
             if result.timed_out:
                 raise BakeFailed(
                     step.name,
-                    f"it was not done after {wanted.timeout:g} s",
+                    f"it was not done after {timeout:g} s",
                     advice=f"Make it quicker, or raise its time-out. {advice}",
                     status=result.code,
                     output=tail,

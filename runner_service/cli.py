@@ -95,6 +95,7 @@ def doctor(*, config: Path | None, data_dir: Path | None, as_json: bool) -> int:
 @click.option(
     "--name", metavar="OWNER/REPO", help="With --repo: its name. Default: the last two parts of URL."
 )
+@click.option("--server", metavar="URL", help="With --repo: the forge as jobs see it. Default: as in URL.")
 @click.option("--template", help="With --repo: the base template. Default: the settings' default_template.")
 @click.option(
     "--credential-stdin", is_flag=True, help='With --repo: read {"username": …, "password": …} from stdin.'
@@ -111,6 +112,7 @@ def bake(
     ref: str | None,
     branch: str | None,
     name: str | None,
+    server: str | None,
     template: str | None,
     credential_stdin: bool,
     config: Path | None,
@@ -134,6 +136,7 @@ def bake(
             ref=ref,
             branch=branch,
             name=name,
+            server=server,
             template=template,
             force=force,
             credential_stdin=credential_stdin,
@@ -141,8 +144,10 @@ def bake(
         return run_async(repository.bake(settings, wish, as_json=as_json))
     if recipe is None:
         raise click.UsageError("name a RECIPE, or a repository with --repo: microvm bake python-ci")
-    if any((ref, branch, name, template, credential_stdin)):
-        raise click.UsageError("--ref, --branch, --name, --template and --credential-stdin go with --repo")
+    if any((ref, branch, name, server, template, credential_stdin)):
+        raise click.UsageError(
+            "--ref, --branch, --name, --server, --template and --credential-stdin go with --repo"
+        )
     from runner_service.commands import host  # noqa: PLC0415
 
     pairs: dict[str, str] = {}
