@@ -143,13 +143,12 @@ async def resume(vm: RunningVm) -> None:
 
 
 def write_image(captured: Captured, base: Image | None, directory: Path) -> None:
-    """Write ``memory.img``, which shares the blocks of ``base``, to ``directory``. Blocking, durable."""
+    """Write ``memory.img``, which shares the blocks of ``base``, to ``directory``, where it is not. Blocking."""
+    if captured.base >= 0:
+        return
     image = directory / MEMORY
     ranges = captured.private
     with pool_full("its memory"):
-        if captured.base >= 0:
-            os.fsync(captured.memory)
-            return
         if base is not None:
             clone_file(base.path, image)
         else:
@@ -158,7 +157,6 @@ def write_image(captured: Captured, base: Image | None, directory: Path) -> None
         with image.open("r+b", buffering=0) as file:
             file.truncate(captured.size)
             write_ranges(captured.memory, ranges, file.fileno())
-            os.fsync(file.fileno())
 
 
 def write_sums(captured: Captured, base: Image | None, directory: Path) -> None:
@@ -169,13 +167,13 @@ def write_sums(captured: Captured, base: Image | None, directory: Path) -> None:
         sums = sums_with(known, captured.base, captured.memory, captured.private)
     with pool_full("its memory"):
         (directory / SUMS).write_bytes(sums)
-        sync(directory / SUMS)
 
 
 def make_durable(directory: Path) -> None:
-    """Bring the devices and the disk to storage. Blocking."""
-    for name in (STATE, DISK):
-        sync(directory / name)
+    """Bring the memory, the disk and the devices to storage, the most first: what follows it waits for little."""
+    with pool_full("its memory"):
+        for name in (MEMORY, DISK, STATE):
+            sync(directory / name)
 
 
 @contextlib.contextmanager

@@ -269,15 +269,21 @@ class Live:
             captured = await capture(vm, draft, self._threads, into=image, run_on=False, require=require)
             try:
                 self._pool.require_room(captured.private_bytes)
+
+                def write() -> None:
+                    write_image(captured, image, draft)
+                    make_durable(draft)
+
                 await asyncio.gather(
-                    self._threads.urgent(lambda: write_image(captured, image, draft)),
+                    self._threads.urgent(write),
                     self._threads.urgent(lambda: write_sums(captured, image, draft)),
-                    self._threads.urgent(lambda: make_durable(draft)),
+                    vm.read_last(),  # it costs as much as the rest of its end, and what it reads is still
                 )
                 manifest = finish(self._manifest(vm, digest, draft))
+                durable = manifest.files.keys() - {SUMS}
                 with pool_full("its manifest"):
                     return await self._threads.urgent(
-                        lambda: self._snapshots.publish(draft, manifest, durable=manifest.files)
+                        lambda: self._snapshots.publish(draft, manifest, durable=durable)
                     )
             except BaseException:
                 await resume(vm)

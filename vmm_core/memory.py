@@ -26,8 +26,8 @@ SUM_CHUNK = 64 << 10
 _CHUNK = 1 << 20
 _THREADS = 4
 _WRITE_BACK = 8 << 20  # so much at a time is on its way to storage while more is prepared
+_GLANCE = 32
 _ZERO_PAGE = bytes(PAGE)
-_ZERO_CHUNK = bytes(_CHUNK)
 _ZERO_SUM = zlib.crc32(bytes(SUM_CHUNK))
 
 ALL_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -77,11 +77,8 @@ def write_ranges(source: int, ranges: Iterable[tuple[int, int]], target: int) ->
     return written
 
 
-def write_pages(fd: int, chunk: bytes, offset: int) -> int:
+def write_pages(fd: int, chunk: bytes | memoryview, offset: int) -> int:
     """Write the runs of non-zero pages of ``chunk`` at ``offset`` and punch holes for the others."""
-    if chunk == _ZERO_CHUNK[: len(chunk)]:
-        _punch(fd, offset, len(chunk))
-        return 0
     written = run = 0
     zero = _is_zero(chunk, 0)
     for position in range(PAGE, len(chunk) + PAGE, PAGE):
@@ -98,23 +95,26 @@ def write_pages(fd: int, chunk: bytes, offset: int) -> int:
 
 def write_changes(fd: int, chunk: memoryview, offset: int, base: mmap.mmap) -> Ranges:
     """Write those pages of ``chunk`` that differ from ``base`` at ``offset``, as ``write_pages``. Returns where."""
-    pages = bytes(chunk)
     changed: Ranges = []
-    for position in range(0, len(pages), PAGE):
+    for position in range(0, len(chunk), PAGE):
         at = offset + position
-        if pages[position : position + PAGE] != base[at : at + PAGE]:
+        # The first bytes tell it of most pages without a copy.
+        if (
+            bytes(chunk[position : position + _GLANCE]) != base[at : at + _GLANCE]
+            or bytes(chunk[position : position + PAGE]) != base[at : at + PAGE]
+        ):
             if changed and changed[-1][1] == at:
                 changed[-1] = (changed[-1][0], at + PAGE)
             else:
                 changed.append((at, at + PAGE))
     for start, end in changed:
-        write_pages(fd, pages[start - offset : end - offset], start)
+        write_pages(fd, chunk[start - offset : end - offset], start)
     return changed
 
 
-def _is_zero(chunk: bytes, position: int) -> bool:
-    # The first bytes tell it of most pages without a copy.
-    return chunk[position] == 0 and chunk[position : position + PAGE] == _ZERO_PAGE
+def _is_zero(chunk: bytes | memoryview, position: int) -> bool:
+    # The first byte tells it of most pages without a copy.
+    return chunk[position] == 0 and bytes(chunk[position : position + PAGE]) == _ZERO_PAGE
 
 
 def _punch(fd: int, offset: int, length: int) -> None:

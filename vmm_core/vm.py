@@ -71,6 +71,7 @@ class RunningVm:
         self._live = live
         self._exec_count = 0
         self._worked = False
+        self._read_last = False
         self._reading: VmUsage | None = None
         self._witness: evidence.OomWitness | None = None
         self._verdict: VmExit | None = None
@@ -267,15 +268,19 @@ class RunningVm:
                 )
             )
 
-    async def _last_reading(self) -> None:
-        """What its memory came to is known only while it lives; its end does not wait long for that."""
+    async def read_last(self) -> None:
+        """Take the last reading, for one that stands still and is about to end.
+
+        What its memory came to is known only while it lives; its end does not wait long for that.
+        """
+        self._read_last = True
         with contextlib.suppress(VmDied, OSError, TimeoutError):
             async with asyncio.timeout(_READING_SECONDS):
                 await self.usage()
 
     async def _destroy(self) -> None:
-        if not self._watch.done():
-            await self._last_reading()
+        if not self._watch.done() and not self._read_last:
+            await self.read_last()
         await self.driver_vm.kill()
         await asyncio.gather(self._watch, return_exceptions=True)
         await self._capture.close()

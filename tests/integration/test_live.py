@@ -316,7 +316,7 @@ async def test_a_full_pool_fails_that_fork_and_that_freeze_and_the_machine_runs_
                     await asking
         with monkeypatch.context() as patch:
             patch.setattr("vmm_core.capture.write_ranges", full_disk)
-            patch.setattr("vmm_core.guest_memory.write_pages", full_disk)
+            patch.setattr("vmm_core.guest_memory.write_changes", full_disk)
             with pytest.raises(PoolFull, match="templates"):
                 await vm.freeze()
             # Children need no image: theirs is not written, and they run without.
