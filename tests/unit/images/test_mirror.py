@@ -472,7 +472,7 @@ async def test_a_password_is_not_for_where_a_server_sends_git_next(fetch, origin
 
         async def redirect(request: Request) -> Response:
             where = f"{other}{request.path}?service={request.query['service']}"
-                return Response(302, b"", {"location": where})
+            return Response(302, b"", {"location": where})
 
         async with serving(redirect) as url:
             with pytest.raises(RepositoryDenied):
