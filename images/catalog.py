@@ -139,7 +139,7 @@ class Catalog:
                 if names.get(name) == digest:
                     self.touch(digest)
                     return rows[-1]
-                rows = rows[:-1]  # cut short, or the name is gone since: this is when it really begins
+                rows = rows[:-1]  # the name is gone since: this is when it begins again
             return self._turn(name, rows, _row(snapshot, "promote", why), names)
 
     def rollback(self, name: str, why: str = "") -> Row:
@@ -203,8 +203,14 @@ class Catalog:
         return effective(self._histories.read(name), now)
 
     def _turn(self, name: str, rows: tuple[Row, ...], row: Row, names: Mapping[str, str]) -> Row:
-        self._histories.write(name, (*rows, row), named=names)
-        self.store.set_name(name, row.digest)
+        # Killed in between: a row that the name does not bear out has never been. A name that meant nothing before
+        # bears out nothing, so there it comes first, and its row is found.
+        is_new = name not in names
+        if is_new:
+            self.store.set_name(name, row.digest)
+        self._histories.write(name, (*rows, row), named=[*names, name])
+        if not is_new:
+            self.store.set_name(name, row.digest)
         self.touch(row.digest)
         return row
 

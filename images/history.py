@@ -3,8 +3,8 @@
     promote A ──► promote B ──► promote C ──rollback──► B ──rollback──► A
     versions:   A         A B         A B C           A B (C withdrawn)   A (B, C withdrawn)
 
-The row is written before the name changes, and what the name means decides. So a promotion that was cut short in
-between has never happened, and a name that was set by somebody else has a row from the next look on.
+The row is written before the name changes, and what the name means decides: a change that was cut short in between
+has never happened, and a name that was set by somebody else has a row from the next look on.
 """
 
 import contextlib
@@ -92,13 +92,13 @@ class Histories:
         draft.replace(path)
         sync(self._directory)
         if is_new:
-            self._forget(named, path)
+            self._forget(named)
 
-    def _forget(self, named: Collection[str], newest: Path) -> None:
+    def _forget(self, named: Collection[str]) -> None:
         files = [path for path in self._directory.iterdir() if not path.name.startswith(".")]
         if len(files) <= NAMES_KEPT:
             return
-        needed = {self._path(name) for name in named} | {newest}
+        needed = {self._path(name) for name in named}
         old = sorted((path for path in files if path not in needed), key=lambda path: path.stat().st_mtime)
         for path in old[: len(files) - NAMES_KEPT]:
             path.unlink(missing_ok=True)
