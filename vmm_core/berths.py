@@ -26,9 +26,8 @@ from vmm_core.network.slots import SlotPool
 
 READY = 8
 _SLOTS_AHEAD = 4
-# Forks under way shall not share the CPUs with the preparation of their successors, unless these run out.
-_LOW = 2
-_PATIENCE_SECONDS = 1.0
+# Forks under way shall not share the CPUs with the preparation of their successors: those wait, but not for ever.
+_PATIENCE_SECONDS = 3.0
 _UNJAILED_UID = 65534
 
 
@@ -172,10 +171,9 @@ class Berths:
                 self._ready.append(await self._prepare(self._usual))
 
     async def _calm(self) -> None:
-        if len(self._ready) > _LOW:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_PATIENCE_SECONDS):
-                    await self._calmed.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE_SECONDS):
+                await self._calmed.wait()
 
 
 @contextlib.asynccontextmanager

@@ -5,6 +5,7 @@ A host listed by name gets a virtual address from 10.0.2.100 up, the same for th
 really is. Addresses and networks are listed as themselves; only network slots can serve those.
 """
 
+import functools
 import ipaddress
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -237,6 +238,7 @@ def _check_range6(shown: str, network: ipaddress.IPv6Network, *, ipv6: bool) -> 
         )
 
 
+@functools.lru_cache(maxsize=1024)
 def _address(text: str) -> ipaddress.IPv4Address | None:
     try:
         return ipaddress.IPv4Address(text)
