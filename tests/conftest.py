@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A test may take what it takes on a busy machine: time is measured where it is the subject.
+settings.register_profile("microvm", deadline=None)
+settings.load_profile("microvm")
 
 
 @pytest.fixture(scope="session")

@@ -306,7 +306,7 @@ def test_paths_narrow_the_key_but_keep_the_toolchain_above(origin):
     assert key(found, paths=["apps"]) != key(stock(origin, {**files, ".nvmrc": "22"}), paths=["apps"])
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(st.sampled_from(NAMED), st.sampled_from(["1\n", "2\n"]), max_size=5),
     st.sampled_from(["1\n", "2\n"]),
