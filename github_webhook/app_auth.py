@@ -8,7 +8,7 @@ Source: GitHub's documentation, "Generating a JSON Web Token (JWT) for a GitHub 
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Literal, Protocol
 
@@ -25,6 +25,7 @@ JWT_BACKDATE = 60
 JWT_SECONDS = 540
 REFRESH_EARLY = 300.0
 MAX_REMEMBERED = 4096
+CLONE_USER = "x-access-token"
 
 
 class Scope(msgspec.Struct, frozen=True):
@@ -55,6 +56,16 @@ class Scope(msgspec.Struct, frozen=True):
         return f"{'enterprise' if self.kind == 'enterprise' else 'account'}:{self.owner.lower()}"
 
 
+class CloneCredential(msgspec.Struct, frozen=True):
+    """What ``git`` presents to read one repository over HTTP."""
+
+    username: str
+    password: str
+
+    def __repr__(self) -> str:
+        return f"CloneCredential(username={self.username!r}, password=<secret>)"
+
+
 class Auth(Protocol):
     """What signs the client's calls."""
 
@@ -68,6 +79,10 @@ class Auth(Protocol):
 
     def bucket(self, scope: Scope) -> str:
         """Which calls share one rate limit."""
+        ...
+
+    async def clone_credential(self, owner: str, repo: str) -> CloneCredential:
+        """What reads the contents of this repository for the next minutes, and as little else as can be had."""
         ...
 
 
@@ -90,6 +105,10 @@ class TokenAuth:
 
     def bucket(self, scope: Scope) -> str:  # noqa: ARG002
         return "token"
+
+    async def clone_credential(self, owner: str, repo: str) -> CloneCredential:  # noqa: ARG002
+        """The token itself: a personal token cannot be narrowed."""
+        return CloneCredential(CLONE_USER, self._token)
 
 
 class _Token(msgspec.Struct, frozen=True):
@@ -130,6 +149,7 @@ class AppAuth:
         self._rest = Rest(base_url, http, timeout=timeout)
         self._installations: dict[str, int] = {}
         self._tokens: dict[int, _Token] = {}
+        self._clone_tokens: dict[str, _Token] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
     def __repr__(self) -> str:
@@ -149,6 +169,7 @@ class AppAuth:
     def forget(self, installation_id: int) -> None:
         """The installation was removed or suspended."""
         self._tokens.pop(installation_id, None)
+        self._clone_tokens.clear()
         for account in [a for a, known in self._installations.items() if known == installation_id]:
             del self._installations[account]
 
@@ -170,6 +191,24 @@ class AppAuth:
     def bucket(self, scope: Scope) -> str:
         return scope.account
 
+    async def clone_credential(self, owner: str, repo: str) -> CloneCredential:
+        """A token of the installation that reads the contents of this one repository, for an hour at most.
+
+        Raises a ForgeError; Unprocessable when the installation has no such repository, or no right to its contents.
+        """
+        scope = Scope.repository(owner, repo)
+        name = f"{owner}/{repo}".lower()
+        async with self._lock(name):
+            token = self._clone_tokens.get(name)
+            if token is None or token.expires_at - REFRESH_EARLY <= time.time():
+                if len(self._clone_tokens) >= MAX_REMEMBERED:
+                    self._clone_tokens.clear()
+                narrow = {"repositories": [repo], "permissions": {"contents": "read"}}
+                token = self._clone_tokens[name] = await self._with_installation(
+                    scope, lambda number: self._new_token(number, narrow)
+                )
+        return CloneCredential(CLONE_USER, token.value)
+
     def _usable(self, scope: Scope) -> _Token | None:
         known = self._installations.get(scope.account)
         token = self._tokens.get(known) if known is not None else None
@@ -178,16 +217,24 @@ class AppAuth:
         return token
 
     async def _fetch(self, scope: Scope) -> _Token:
+        async def kept(installation_id: int) -> _Token:
+            token = self._tokens[installation_id] = await self._new_token(installation_id)
+            return token
+
+        return await self._with_installation(scope, kept)
+
+    async def _with_installation(self, scope: Scope, ask: Callable[[int], Awaitable[_Token]]) -> _Token:
+        """``ask`` with the installation of the scope's account; looked up when its number is not known, or stale."""
         remembered = self._installations.get(scope.account)
         if remembered is not None:
             try:
-                return await self._access_token(remembered)
+                return await ask(remembered)
             except NotFound:
                 # Removed and installed again: the number is another one now.
                 self.forget(remembered)
         installation_id = await self._look_up(scope)
         self._remember(scope.account, installation_id)
-        return await self._access_token(installation_id)
+        return await ask(installation_id)
 
     async def _look_up(self, scope: Scope) -> int:
         try:
@@ -205,20 +252,20 @@ class AppAuth:
             raise self._wrong_key(error) from None
         return answer.read(_installation).id
 
-    async def _access_token(self, installation_id: int) -> _Token:
+    async def _new_token(self, installation_id: int, narrow: object = None) -> _Token:
+        """A token of the installation; ``narrow`` is the body that takes repositories and permissions away from it."""
         try:
             answer = await self._rest.call(
                 "POST",
                 path("app", "installations", installation_id, "access_tokens"),
                 headers=self.app_headers(),
                 bucket="app",
+                body=narrow,
             )
         except Unauthorized as error:
             raise self._wrong_key(error) from None
         fetched = answer.read(_token)
-        token = _Token(fetched.token, fetched.expires_at.timestamp())
-        self._tokens[installation_id] = token
-        return token
+        return _Token(fetched.token, fetched.expires_at.timestamp())
 
     def _wrong_key(self, error: ForgeError) -> Unauthorized:
         return Unauthorized(

@@ -106,6 +106,15 @@ def api_base_url(server: str) -> str:
     return f"{server.rstrip('/')}/api/v3"
 
 
+def clone_url(api_url: str, owner: str, repo: str) -> str:
+    """Where ``git`` finds a repository of the server whose REST address is ``api_url``."""
+    parts = urlsplit(api_url)
+    server = parts.netloc
+    if server.lower() == "api.github.com" or server.lower().endswith(".ghe.com"):
+        server = server.removeprefix("api.")
+    return f"{parts.scheme}://{server}{path(owner, f'{repo}.git')}"
+
+
 def path(*segments: str | int) -> str:
     """An address path of these segments, each quoted as a whole; no segment can climb out."""
     quoted = [quote(str(segment), safe="") for segment in segments]

@@ -2,6 +2,7 @@
 
 GET  /healthz  /readyz  /metrics
 GET  /jobs?limit=&state=      GET /jobs/{job}      GET /jobs/{job}/log?offset=&follow=
+GET  /bakes?limit=&repository=   GET /bakes/{bake}    GET /bakes/{bake}/log?offset=&follow=
 GET  /vms                     POST /vms/{vm}/kill
 
 Webhooks come in on the same address. What a reverse proxy passes on (it says so in a header) reaches them only.
@@ -18,7 +19,7 @@ from litestar.config.app import AppConfig
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, NotFoundException, PermissionDeniedException
 from litestar.openapi import OpenAPIConfig
-from litestar.params import FromPath, FromQuery, QueryParameter
+from litestar.params import FromPath, FromQuery, PathParameter, QueryParameter
 from litestar.response import Stream
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from prometheus_client import generate_latest
@@ -26,8 +27,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from github_webhook.receiver import problem
 from runner_service import views
-from runner_service.domain import WRITES_LOG
+from runner_service.domain import WRITES_LOG, Bake
 from runner_service.joblog import JobLogs
+from runner_service.store import bake_queries as bq
 from runner_service.store import queries as q
 from runner_service.store.store import Store
 from runner_service.telemetry import Metrics
@@ -38,6 +40,8 @@ WebRequest = Request[Any, Any, State]
 JobRunState = Literal["waiting", "queued", "in_progress", "completed"]
 _BEFORE_RUNNER = 5.0
 _BEFORE_ADOPTION = 1.0
+# Logs come from guests: no browser may take them for anything but text.
+_PLAIN = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 _FORWARDED = {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
 
 
@@ -78,6 +82,7 @@ class Api:
         *,
         store: Store,
         logs: JobLogs,
+        bake_logs: JobLogs,
         metrics: Metrics,
         readiness: Callable[[], Awaitable[Readiness]],
         vms: Callable[[], Awaitable[list[views.VmView]]],
@@ -86,6 +91,7 @@ class Api:
     ) -> None:
         self.store = store
         self.logs = logs
+        self.bake_logs = bake_logs
         self.metrics = metrics
         self.readiness = readiness
         self.vms = vms
@@ -123,6 +129,9 @@ class Api:
             counts = await self.store.read(q.runner_counts)
             for state in ("wanted", "forking", "registering", "idle", "busy", "retiring"):
                 self.metrics.runners.labels(state).set(counts.get(state, 0))
+            under_way = await self.store.read(bq.bake_counts)
+            for state in ("queued", "baking"):
+                self.metrics.bakes_under_way.labels(state).set(under_way.get(state, 0))
             self.measure()
             return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -144,12 +153,34 @@ class Api:
             follow: FromQuery[bool] = False,
         ) -> Stream:
             story = await self._story(job)
-            # The text comes from the guest: no browser may take it for anything but text.
-            headers = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
             return Stream(
                 self._log(story, offset, follow=follow),
                 media_type="text/plain; charset=utf-8",
-                headers=headers,
+                headers=_PLAIN,
+            )
+
+        @get("/bakes")
+        async def bakes(
+            limit: Annotated[int, QueryParameter(ge=1, le=1000)] = 100,
+            repository: Annotated[str | None, QueryParameter(max_length=300)] = None,
+        ) -> list[Bake]:
+            return await self.store.read(lambda db: views.list_bakes(db, limit=limit, repository=repository))
+
+        @get("/bakes/{bake:int}", raises=[NotFoundException])
+        async def one_bake(bake: Annotated[int, PathParameter(ge=0, le=1 << 31)]) -> Bake:
+            return await self._bake(bake)
+
+        @get("/bakes/{bake:int}/log", raises=[NotFoundException], media_type=MediaType.TEXT)
+        async def bake_log(
+            bake: Annotated[int, PathParameter(ge=0, le=1 << 31)],
+            offset: Annotated[int, QueryParameter(ge=0, le=1 << 40)] = 0,
+            follow: FromQuery[bool] = False,
+        ) -> Stream:
+            found = await self._bake(bake)
+            return Stream(
+                self._bake_log(found, offset, follow=follow),
+                media_type="text/plain; charset=utf-8",
+                headers=_PLAIN,
             )
 
         @get("/vms")
@@ -164,13 +195,30 @@ class Api:
             log.info("vm_killed", vm=vm, by=request.client.host if request.client else None)
             return Killed(vm, "killing")
 
-        return [healthz, readyz, metrics, jobs, job_story, job_log, vms, kill]
+        return [healthz, readyz, metrics, jobs, job_story, job_log, bakes, one_bake, bake_log, vms, kill]
 
     async def _story(self, ref: str) -> views.Story:
         found = await self.store.read(lambda db: views.story(db, ref))
         if found is None:
             raise NotFoundException(f"there is no job {ref!r}: see GET /jobs")
         return found
+
+    async def _bake(self, number: int) -> Bake:
+        found = await self.store.read(lambda db: bq.bake(db, number))
+        if found is None:
+            raise NotFoundException(f"there is no bake {number}: see GET /bakes")
+        return found
+
+    async def _bake_log(self, bake: Bake, offset: int, *, follow: bool) -> AsyncIterator[bytes]:
+        """The log of all its attempts; with ``follow`` until it is over, over all attempts."""
+        while True:
+            async for piece in self.bake_logs.read(str(bake.id), offset=offset, follow=follow):
+                offset += len(piece)
+                yield piece
+            if not follow or self.bake_logs.ending or bake.state not in ("queued", "baking"):
+                return
+            await self.bake_logs.opened(_BEFORE_RUNNER)
+            bake = await self._bake(bake.id)
 
     async def _log(self, story: views.Story, offset: int, *, follow: bool) -> AsyncIterator[bytes]:
         """The log of the job's runner; with ``follow`` it is waited for, and read until the runner ends."""

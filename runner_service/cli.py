@@ -276,6 +276,49 @@ def logs(*, job: str, follow: bool, config: Path | None, data_dir: Path | None, 
     return run_async(service.logs(settings_of(config, data_dir), api, job, follow=follow))
 
 
+@cli.group(cls=_Group, invoke_without_command=True)
+@click.option(
+    "--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many at most."
+)
+@config_option
+@data_dir_option
+@api_option
+@json_option
+@click.pass_context
+def bakes(
+    context: click.Context,
+    *,
+    limit: int,
+    config: Path | None,
+    data_dir: Path | None,
+    api: str | None,
+    as_json: bool,
+) -> int:
+    """List the newest bakes of repositories' parents: what made them, what became of them, why they failed."""
+    if context.invoked_subcommand is not None:
+        if config or data_dir or api or as_json:
+            raise click.UsageError("options go after the command: microvm bakes log … --data-dir DIR")
+        return 0
+    from runner_service.commands import bakes as commands  # noqa: PLC0415
+
+    return run_async(commands.bakes(settings_of(config, data_dir), api, limit, as_json=as_json))
+
+
+@bakes.command("log")
+@click.argument("number", metavar="BAKE", type=click.IntRange(min=0))
+@click.option("-f", "--follow", is_flag=True, help="Go on until the bake is over.")
+@config_option
+@data_dir_option
+@api_option
+def bakes_log(
+    *, number: int, follow: bool, config: Path | None, data_dir: Path | None, api: str | None
+) -> int:
+    """Print the log of BAKE, all its attempts."""
+    from runner_service.commands import bakes as commands  # noqa: PLC0415
+
+    return run_async(commands.log(settings_of(config, data_dir), api, number, follow=follow))
+
+
 @cli.command()
 @click.argument("vm")
 @config_option

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -11,9 +11,10 @@ import httpx
 import msgspec
 
 from runner_service import views
-from runner_service.domain import WRITES_LOG
+from runner_service.domain import WRITES_LOG, Bake
 from runner_service.joblog import JobLogs
 from runner_service.settings import Settings, SettingsError
+from runner_service.store import bake_queries as bq
 
 if TYPE_CHECKING:
     from runner_service.store.store import Store
@@ -34,6 +35,8 @@ class Source(Protocol):
     async def story(self, job: str) -> views.Story: ...
     def log(self, job: str, *, follow: bool) -> AsyncIterator[bytes]: ...
     async def vms(self) -> list[views.VmView] | None: ...
+    async def bakes(self, limit: int) -> list[Bake]: ...
+    def bake_log(self, bake: int, *, follow: bool) -> AsyncIterator[bytes]: ...
 
 
 class ServiceAnswer(msgspec.Struct, frozen=True):
@@ -110,18 +113,29 @@ class _Api:
     async def vms(self) -> list[views.VmView] | None:
         return await self._get("/vms", list[views.VmView])
 
-    async def log(self, job: str, *, follow: bool) -> AsyncIterator[bytes]:
-        """Followed, it outlives a restart of the service: it goes on where it was cut."""
+    async def bakes(self, limit: int) -> list[Bake]:
+        return await self._get("/bakes", list[Bake], limit=limit)
+
+    def bake_log(self, bake: int, *, follow: bool) -> AsyncIterator[bytes]:
+        return self._followed(f"/bakes/{bake}", follow, lambda: self._bakes_on(bake))
+
+    def log(self, job: str, *, follow: bool) -> AsyncIterator[bytes]:
+        return self._followed(f"/jobs/{_quoted(job)}", follow, lambda: self._goes_on(job))
+
+    async def _followed(
+        self, path: str, follow: bool, goes_on: Callable[[], Awaitable[bool]]
+    ) -> AsyncIterator[bytes]:
+        """Followed, a log outlives a restart of the service: it goes on where it was cut."""
         offset = 0
         cut_at: float | None = None
         while True:
             try:
-                async for piece in self._stream(job, offset, follow=follow):
+                async for piece in self._stream(path, offset, follow=follow):
                     offset += len(piece)
                     cut_at = None
                     yield piece
-                # A service that stops ends the stream properly, though the runner goes on.
-                if not follow or not await self._goes_on(job):
+                # A service that stops ends the stream properly, though what is followed goes on.
+                if not follow or not await goes_on():
                     return
             except httpx.TransportError as error:
                 cut_at = cut_at or time.monotonic()
@@ -136,11 +150,17 @@ class _Api:
             return False
         return msgspec.json.decode(answer.content, type=views.Story).job.runner_state in WRITES_LOG
 
-    async def _stream(self, job: str, offset: int, *, follow: bool) -> AsyncIterator[bytes]:
+    async def _bakes_on(self, bake: int) -> bool:
+        answer = await self._http.get(f"/bakes/{bake}")
+        if answer.status_code != 200:
+            return False
+        return msgspec.json.decode(answer.content, type=Bake).state in ("queued", "baking")
+
+    async def _stream(self, path: str, offset: int, *, follow: bool) -> AsyncIterator[bytes]:
         params = {"follow": "true" if follow else "false", "offset": str(offset)}
-        # A quiet job is silent for hours; the service ends the stream, or the connection breaks.
-        path = f"/jobs/{_quoted(job)}/log"
-        async with self._http.stream("GET", path, params=params, timeout=None if follow else 60.0) as answer:
+        # What is quiet is silent for hours; the service ends the stream, or the connection breaks.
+        asked = self._http.stream("GET", f"{path}/log", params=params, timeout=None if follow else 60.0)
+        async with asked as answer:
             if answer.status_code != 200:
                 await answer.aread()
                 raise NotThereError(_detail(answer))
@@ -162,6 +182,7 @@ class _Database:
     def __init__(self, store: "Store", data_dir: Path) -> None:
         self._store = store
         self._logs = JobLogs(data_dir / "logs", limit=0)
+        self._bake_logs = JobLogs(data_dir / "logs" / "bakes", limit=0)
 
     async def jobs(self, limit: int) -> list[views.JobView]:
         return await self._store.read(lambda db: views.list_jobs(db, limit=limit))
@@ -174,6 +195,16 @@ class _Database:
 
     async def vms(self) -> list[views.VmView] | None:
         return None
+
+    async def bakes(self, limit: int) -> list[Bake]:
+        return await self._store.read(lambda db: views.list_bakes(db, limit=limit))
+
+    async def bake_log(self, bake: int, *, follow: bool) -> AsyncIterator[bytes]:
+        del follow  # nothing is appended while no service runs
+        if await self._store.read(lambda db: bq.bake(db, bake)) is None:
+            raise NotThereError(f"there is no bake {bake}: see microvm bakes")
+        async for piece in self._bake_logs.read(str(bake)):
+            yield piece
 
     async def log(self, job: str, *, follow: bool) -> AsyncIterator[bytes]:
         del follow  # nothing is appended while no service runs

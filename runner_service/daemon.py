@@ -12,8 +12,9 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,23 @@ from github_webhook.app_auth import AppAuth, TokenAuth
 from github_webhook.github import GitHub
 from github_webhook.receiver import receiver
 from github_webhook.rest import api_base_url
-from images.catalog import templates as baked_templates
+from images.warm_plan import Permitted
 from runner_service import github_forge, telemetry, views
 from runner_service.api import Api, Check, Readiness
+from runner_service.bake_plan import Planner
+from runner_service.bakes import Bakes, bake_logs
+from runner_service.catalog import EngineCatalog
+from runner_service.choice import Chooser
 from runner_service.client import SERVICE_FILE
 from runner_service.decide import Decider, Rules
-from runner_service.domain import Host, Ignored, Job, JobEvent, Runner, Template
+from runner_service.domain import Host, Job, JobEvent, Runner
 from runner_service.egress import forge_rule
 from runner_service.facts import Limits
 from runner_service.flow import Flow
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
 from runner_service.ports import Forge
+from runner_service.repositories import Mirrors, OriginOf
 from runner_service.scheduler import Scheduler
 from runner_service.settings import GitHubSettings, Settings, SettingsError, read_secret, webhook_secrets
 from runner_service.store import queries as q
@@ -99,9 +105,7 @@ class Service:
         self._catalog = EngineCatalog(engine)
         self._forges: dict[str, Forge] = {}
         auth = _auth(settings.github, http) if settings.github is not None else None
-        interpret: Callable[[q.InboxRow], JobEvent | Ignored] = github_forge.Interpreter(
-            auth if isinstance(auth, AppAuth) else None
-        )
+        interpret = github_forge.Interpreter(auth if isinstance(auth, AppAuth) else None)
         if settings.github is not None and auth is not None:
             client = GitHub(
                 base_url=api_base_url(settings.github.base_url),
@@ -111,6 +115,29 @@ class Service:
             )
             group = settings.github.runner_group_id
             self._forges[github_forge.FORGE] = github_forge.GitHubForge(client, runner_group_id=group)
+        self._bakes: Bakes | None = None
+        self._planner: Planner | None = None
+        mirrors: Mirrors | None = None
+        if settings.github is not None and auth is not None and settings.bakes.enabled:
+            origin = github_forge.origin_of(auth, api_base_url(settings.github.base_url))
+            mirrors = _mirrors(settings, origin)
+            self._bakes = bakes = self._make_bakes(settings.github, origin)
+            self._planner = Planner(
+                store=store,
+                host=settings.service.name,
+                catalog=self._catalog,
+                repositories=mirrors,
+                settings=settings.bakes,
+                default_template=runners.default_template,
+                queued=bakes.wake,
+            )
+        chooser = Chooser(
+            store=store,
+            host=settings.service.name,
+            catalog=self._catalog,
+            repositories=mirrors,
+            limit=settings.bakes.choice_limit_s,
+        )
         limits = Limits.of(runners)
         flow = Flow(
             hypervisor=engine,
@@ -121,6 +148,8 @@ class Service:
             service=settings.service.name,
             job=self._job,
             observe=self._observe,
+            choose=chooser.choose,
+            chosen=lambda code: self._metrics.parents.labels(code).inc(),
             egress=_egress(settings),
             forge_rules=self._forge_rules(),
         )
@@ -133,7 +162,13 @@ class Service:
             fork_limit=runners.fork_limit_s,
         )
         scope_of = github_forge.scope_chooser(settings.github or GitHubSettings())
-        decider = Decider(rules, interpret=interpret, scope_of=scope_of, templates=self._catalog.templates)
+        decider = Decider(
+            rules,
+            interpret=interpret,
+            scope_of=scope_of,
+            templates=self._catalog.templates,
+            parents=self._catalog.parents,
+        )
         memory = runners.memory_mib or host_available_mib() * 8 // 10
         self.scheduler = Scheduler(
             store=store,
@@ -146,6 +181,30 @@ class Service:
             metrics=self._metrics,
             keep_seconds=settings.service.keep_days * 86400,
             prune_logs=self._logs.prune,
+            moved=self._planner.wake if self._planner is not None else lambda: None,
+        )
+
+    def _make_bakes(self, github: GitHubSettings, origin: OriginOf) -> Bakes:
+        settings = self._settings
+        config = ["--config", str(settings.source.absolute())] if settings.source is not None else []
+        secret = (
+            github.token_env,
+            github.private_key_env,
+            github.webhook_secret_env,
+            settings.service.database_url_env,
+        )
+        return Bakes(
+            store=self._store,
+            host=settings.service.name,
+            settings=settings.bakes,
+            command=[sys.executable, "-m", "runner_service.cli", "bake", *config],
+            environ={name: value for name, value in os.environ.items() if name not in secret},
+            data_dir=settings.data_dir,
+            origin=origin,
+            server=github.server_url,
+            catalog=self._catalog,
+            metrics=self._metrics,
+            keep_seconds=settings.service.keep_days * 86400,
         )
 
     @contextlib.asynccontextmanager
@@ -153,15 +212,19 @@ class Service:
         """Serve: deliveries are taken (and kept) at once, runners are adopted and driven right after."""
         server = _Server(self._uvicorn_config())
         serving = asyncio.create_task(server.serve(sockets=[listening]), name="api")
-        deciding: asyncio.Task[None] | None = None
+        working: list[asyncio.Task[None]] = []
         try:
             _announce(self._settings.data_dir, listening)
             await self._prepare()
             await self.scheduler.start()
             self._recovered = True
-            deciding = asyncio.create_task(self.scheduler.run(), name="scheduler")
-            for task in (serving, deciding):
-                # Neither ends by itself: if one does, the process must not pretend to serve.
+            working.append(asyncio.create_task(self.scheduler.run(), name="scheduler"))
+            if self._bakes is not None and self._planner is not None:
+                await self._bakes.start()
+                working.append(asyncio.create_task(self._bakes.run(), name="bakes"))
+                working.append(asyncio.create_task(self._planner.run(), name="planner"))
+            for task in (serving, *working):
+                # None ends by itself: if one does, the process must not pretend to serve.
                 task.add_done_callback(lambda _: stopping.set())
             # What is here now stays: the collector need not look at it again and again.
             gc.collect()
@@ -171,9 +234,9 @@ class Service:
             )
             yield
         finally:
-            if deciding is not None:
-                deciding.cancel()
-                await asyncio.gather(deciding, return_exceptions=True)
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
             await self.scheduler.stop()
             self._logs.end()
             server.should_exit = True
@@ -184,6 +247,9 @@ class Service:
         api = Api(
             store=self._store,
             logs=self._logs,
+            bake_logs=self._bakes.logs
+            if self._bakes is not None
+            else bake_logs(self._settings.data_dir, self._settings.bakes),
             metrics=self._metrics,
             readiness=self._readiness,
             vms=self._vms,
@@ -276,37 +342,6 @@ class Service:
         )
 
 
-class EngineCatalog:
-    """The baked templates, read again only when a name changed; what their forks need is what was learned of them."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._store = engine.snapshots
-        self._working_sets = engine.ledger.working_sets
-        self._names: dict[str, str] | None = None
-        self._templates: tuple[Template, ...] = ()
-
-    def templates(self) -> Sequence[Template]:
-        names = self._store.names()
-        if names != self._names:
-            self._templates = tuple(
-                Template(
-                    name=t.name,
-                    digest=t.digest,
-                    labels=t.labels,
-                    need_mib=t.machine.memory_mib,
-                    runner_dir=t.runner_dir,
-                    runner_files=t.runner_files,
-                    allow=None if t.machine.network.mode == "none" else t.machine.network.allow,
-                )
-                for t in baked_templates(self._store)
-            )
-            self._names = names
-        learned = self._working_sets
-        return [
-            msgspec.structs.replace(t, need_mib=learned.need_mib(t.name, t.need_mib)) for t in self._templates
-        ]
-
-
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handling: the daemon decides when it ends."""
 
@@ -363,6 +398,23 @@ def _auth(settings: GitHubSettings, http: httpx.AsyncClient) -> AppAuth | TokenA
     except ValueError as error:
         # The text of the error is ours; the key or token itself is never part of it.
         raise SettingsError(f"[github] the credentials cannot be used: {error}") from None
+
+
+def _mirrors(settings: Settings, origin: OriginOf) -> Mirrors:
+    bakes = settings.bakes
+    return Mirrors(
+        settings.data_dir / "cache" / "mirrors",
+        origin=origin,
+        permitted=Permitted(
+            egress=bakes.repository_egress,
+            vcpus=bakes.most_vcpus,
+            memory_mib=bakes.most_memory_mib,
+            disk_mib=bakes.most_disk_mib,
+        ),
+        keep=bakes.mirrors,
+        most_mib=bakes.mirror_mib,
+        timeout=bakes.look_limit_s,
+    )
 
 
 def _http() -> httpx.AsyncClient:

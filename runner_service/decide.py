@@ -11,18 +11,22 @@ import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from runner_service import demand, labels, placement
+from runner_service import demand, labels, parents, placement
 from runner_service.domain import (
     Host,
     Ignored,
     Job,
     JobEvent,
+    Parent,
+    Push,
+    Repository,
     Runner,
     Template,
     TimelineRow,
     timeline,
 )
 from runner_service.ingest import Books, Choose, ScopeOf, age_out, apply, serve
+from runner_service.store import bake_queries as bq
 from runner_service.store import queries as q
 
 log = structlog.get_logger("decide")
@@ -50,7 +54,10 @@ class Rules(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct):
-    """What came out: runners to drive from now on, runners to wake, outcomes to count."""
+    """What came out: runners to drive from now on, runners to wake, outcomes to count.
+
+    ``moved``: a repository is new or a branch of one moved, so that a bake may be due.
+    """
 
     started: list[Runner] = []
     touched: set[str] = set()
@@ -59,9 +66,10 @@ class Decision(msgspec.Struct):
     reasons: list[str] = []
     processed: int = 0
     more: bool = False
+    moved: bool = False
 
 
-Interpret = Callable[[q.InboxRow], JobEvent | Ignored]
+Interpret = Callable[[q.InboxRow], JobEvent | Push | Ignored]
 
 
 class Decider:
@@ -74,12 +82,14 @@ class Decider:
         interpret: Interpret,
         scope_of: ScopeOf,
         templates: Callable[[], Sequence[Template]],
+        parents: Callable[[], Sequence[Parent]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._rules = rules
         self._interpret = interpret
         self._scope_of = scope_of
         self._templates = templates
+        self._parents = parents
         self._clock = clock
 
     async def decide(
@@ -96,17 +106,21 @@ class Decider:
         await q.lock_scheduler(db, self._rules.service, now + self._rules.lease_s)
         deliveries = await q.pending_deliveries(db, _INBOX_BATCH)
         decision.more = len(deliveries) == _INBOX_BATCH
-        events, outcomes = self._read(deliveries)
+        events, pushes, outcomes = self._read(deliveries)
         events.extend(observed())
         known = await q.jobs_by_id(db, {event.job_id for event in events}) if events else {}
         books = Books(known, await q.active_runners(db))
         missing = {event.runner_name for event in events if event.runner_name} - set(books.runners)
         if missing:
             books.past = await q.runners_by_id(db, missing)
-        templates = self._templates()
-        chosen = self._chooser(templates)
+        templates, warm = self._templates(), self._parents()
+        chosen = self._chooser(templates, warm)
+        heard: dict[str, Repository] = {}
         for event in events:
             outcome = self._work(books, event, chosen, now)
+            if outcome == "new":
+                job = books.jobs[event.job_id]
+                heard[f"{job.owner}/{job.repo}".lower()] = _used(job, now)
             decision.outcomes[outcome] = decision.outcomes.get(outcome, 0) + 1
             if outcome in ("new", "advanced"):
                 decision.entered[event.state] = decision.entered.get(event.state, 0) + 1
@@ -115,8 +129,12 @@ class Decider:
         await q.save_jobs(db, [books.jobs[job_id] for job_id in books.changed_jobs])
         await q.close_deliveries(db, outcomes, now)
         books.changed_jobs.clear()
+        await self._note_repositories(db, heard.values(), pushes, now)
+        decision.moved = bool(heard or pushes)
         hosts = await q.live_hosts(db, now - self._rules.host_seen_s)
-        new = await self._balance(db, books, templates=templates, brakes=brakes, hosts=hosts, now=now)
+        new = await self._balance(
+            db, books, templates=templates, warm=warm, brakes=brakes, hosts=hosts, now=now
+        )
         self._place(books, decision, new, hosts, now)
         await self._save(db, books, decision, new)
         decision.processed = len(deliveries)
@@ -141,23 +159,47 @@ class Decider:
             log.exception("event_failed", job=event.job_id, state=event.state)
             return "failed"
 
-    def _read(self, deliveries: Sequence[q.InboxRow]) -> tuple[list[JobEvent], dict[int, str]]:
+    def _read(self, deliveries: Sequence[q.InboxRow]) -> tuple[list[JobEvent], list[Push], dict[int, str]]:
         events: list[JobEvent] = []
+        pushes: list[Push] = []
         outcomes: dict[int, str] = {}
         for row in deliveries:
             event = self._interpret(row)
             if isinstance(event, Ignored):
                 outcomes[row.seq] = event.reason
+            elif isinstance(event, Push):
+                allowed = self._scope_of(event) is not None
+                outcomes[row.seq] = "push" if allowed else "not_allowed"
+                pushes.extend([event] if allowed else [])
             else:
                 outcomes[row.seq] = "job"
                 events.append(event)
-        return events, outcomes
+        return events, pushes, outcomes
 
-    def _chooser(self, templates: Sequence[Template]) -> Choose:
+    async def _note_repositories(
+        self, db: AsyncConnection, heard: Iterable[Repository], pushes: Sequence[Push], now: float
+    ) -> None:
+        """Who was heard of, which commits are really on a branch, and that something moved: many pushes are one."""
+        for repository in heard:
+            await bq.save_repository(db, repository)
+        for repository in {
+            f"{push.owner}/{push.repo}".lower(): _moved(push, now) for push in pushes
+        }.values():
+            await bq.save_repository(db, repository)
+        for push in pushes:
+            if push.commit:
+                await bq.save_head(db, push)
+
+    def _chooser(self, templates: Sequence[Template], warm: Sequence[Parent]) -> Choose:
         rules = self._rules
 
-        def choose(wanted: tuple[str, ...]) -> labels.Serve | labels.Foreign | labels.Unservable:
-            return labels.choose(wanted, templates, default=rules.default_template, extra=rules.extra_labels)
+        def choose(job: Job) -> labels.Serve | labels.Foreign | labels.Unservable:
+            asked = (
+                parents.labels_asked(job.owner, job.repo, warm) if job.scope_kind == "repository" else None
+            )
+            return labels.choose(
+                job.labels, templates, default=rules.default_template, extra=rules.extra_labels, asked=asked
+            )
 
         return choose
 
@@ -169,6 +211,7 @@ class Decider:
         books: Books,
         *,
         templates: Sequence[Template],
+        warm: Sequence[Parent],
         brakes: Mapping[str, demand.Brake],
         hosts: Sequence[Host],
         now: float,
@@ -195,14 +238,16 @@ class Decider:
             elif count:
                 made = demand.made_for([job.id for job in jobs], books.runners.values(), count)
                 by_id = {job.id: job for job in jobs}
-                new.extend(self._wanted(by_id[job_id], template, group, now) for job_id in made)
+                new.extend(self._wanted(by_id[job_id], template, group, warm, now) for job_id in made)
                 waiting += len(made)
             else:
                 self._hold_back(books, jobs, f"capacity: all {places} places are in use or promised", now)
         books.runners.update((runner.id, runner) for runner in new)
         return new
 
-    def _wanted(self, job: Job, template: Template, group: str, now: float) -> Runner:
+    def _wanted(self, job: Job, template: Template, group: str, warm: Sequence[Parent], now: float) -> Runner:
+        """Promised is what the largest of the machines takes that it may be forked from; the fork decides which."""
+        may_be = [template, *(parent.machine for parent in parents.candidates(job, template.name, warm))]
         runner_id = f"{self._rules.name_prefix}-{secrets.token_hex(6)}"
         return Runner(
             id=runner_id,
@@ -213,7 +258,7 @@ class Decider:
             group_key=group,
             template=template.name,
             digest=template.digest,
-            memory_mib=template.need_mib,
+            memory_mib=max(one.need_mib for one in may_be),
             state="wanted",
             state_at=now,
             deadline=now + self._rules.wanted_limit,
@@ -318,6 +363,29 @@ class Decider:
                 decision.touched.add(runner_id)
         await q.save_jobs(db, [books.jobs[job_id] for job_id in books.changed_jobs])
         await q.add_timeline(db, books.lines)
+
+
+def _used(job: Job, now: float) -> Repository:
+    return Repository(
+        forge=job.forge,
+        name=f"{job.owner}/{job.repo}".lower(),
+        owner=job.owner,
+        repo=job.repo,
+        seen_at=now,
+        used_at=now,
+    )
+
+
+def _moved(push: Push, now: float) -> Repository:
+    return Repository(
+        forge=push.forge,
+        name=f"{push.owner}/{push.repo}".lower(),
+        owner=push.owner,
+        repo=push.repo,
+        seen_at=now,
+        default_branch=push.default_branch or None,
+        moved_at=now,
+    )
 
 
 _PLACED_COLUMNS = (

@@ -57,6 +57,18 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.forge}-{self.forge_job_id}"
 
 
+class Push(msgspec.Struct, frozen=True, kw_only=True):
+    """A branch of a repository moved to ``commit``; "" when it was deleted. ``default_branch`` may be unknown ("")."""
+
+    forge: str
+    owner: str
+    repo: str
+    branch: str
+    commit: str
+    default_branch: str = ""
+    seen_at: float = 0.0
+
+
 class Ignored(msgspec.Struct, frozen=True):
     """A delivery that changes no job; ``reason`` is a stable word for the counter."""
 
@@ -107,6 +119,7 @@ class Runner(msgspec.Struct, frozen=True, kw_only=True):
 
     Only the runner's own task writes ``state``; others write facts (``serving_job_id``, ``job_done_at``,
     ``cancelled_at``, ``killed_at``), which are read before each step. ``code`` and ``reason`` say why it retires.
+    ``digest`` is what it is forked from, ``parent`` the name of that when it is a repository's parent.
     ``usage`` is what its VM cost in all, once it has ended.
     """
 
@@ -130,6 +143,7 @@ class Runner(msgspec.Struct, frozen=True, kw_only=True):
     killed_at: float | None = None
     host: str | None = None
     digest: str | None = None
+    parent: str | None = None
     vm_id: str | None = None
     remote_id: str | None = None
     deregistered: bool = False
@@ -190,7 +204,7 @@ class Template(msgspec.Struct, frozen=True):
     ``need_mib`` is what one fork is expected to take of the host's memory; ``runner_dir`` is where the
     forge's runner lives in the guest, or None when the template has no runner; ``runner_files`` is where the
     files of its configuration are written, when that is elsewhere. ``allow`` is what its forks may reach; None
-    when they have no network card.
+    when they have no network card. ``runner`` is the version of the forge's runner.
     """
 
     name: str
@@ -200,6 +214,106 @@ class Template(msgspec.Struct, frozen=True):
     runner_dir: str | None
     runner_files: str | None = None
     allow: tuple[EgressRule, ...] | None = ()
+    runner: str | None = None
+
+
+class Parent(msgspec.Struct, frozen=True, kw_only=True):
+    """The warm parent of one branch of a repository: a machine like a template, and what it was made from.
+
+    Its name is ``owner/repo@branch``; ``repository`` and ``owner`` are in lower case. ``base`` is the template it was
+    baked on, ``base_digest`` what that was then. ``labels`` are those its repository's ``.microvm.yml`` asks for too.
+    """
+
+    machine: Template
+    repository: str
+    owner: str
+    branch: str
+    commit: str
+    key: str
+    base: str
+    base_digest: str
+    created_at: float
+
+    @property
+    def name(self) -> str:
+        return self.machine.name
+
+    @property
+    def digest(self) -> str:
+        return self.machine.digest
+
+
+class Repository(msgspec.Struct, frozen=True, kw_only=True):
+    """A repository that was heard of. ``name`` is ``owner/repo`` in lower case.
+
+    ``used`` is when a job of it was last seen, ``moved_at`` when something of it changed that a bake may have to
+    follow. ``trouble`` says why it cannot be looked at, when it cannot.
+    """
+
+    forge: str
+    name: str
+    owner: str
+    repo: str
+    seen_at: float
+    default_branch: str | None = None
+    used_at: float | None = None
+    moved_at: float | None = None
+    trouble: str | None = None
+
+
+BakeState = Literal["queued", "baking", "done", "failed", "superseded"]
+
+
+class BakeStep(msgspec.Struct, frozen=True):
+    """A step of a bake and how long it took."""
+
+    step: str
+    seconds: float
+
+
+class Bake(msgspec.Struct, frozen=True, kw_only=True):
+    """One bake of one repository at one dependency key on one host, as one row; unique while queued or baking.
+
+    queued ─► baking ─► done
+       │ ▲       ├────► failed      after the last attempt: with the step, its last output and advice
+       │ └───────┘ again later, or at once when the service stops
+       └► superseded                its branch moved on before it began
+    """
+
+    id: int
+    host: str
+    forge: str
+    repository: str
+    branch: str
+    commit: str
+    key: str
+    base: str
+    base_digest: str
+    state: BakeState
+    why: str
+    created_at: float
+    due_at: float
+    force: bool = False
+    attempts: int = 0
+    started_at: float | None = None
+    ended_at: float | None = None
+    pid: int | None = None
+    start_ticks: int | None = None
+    digest: str | None = None
+    cache_hit: bool | None = None
+    incremental: bool | None = None
+    seconds: float | None = None
+    steps: tuple[BakeStep, ...] = ()
+    code: str | None = None
+    step: str | None = None
+    message: str | None = None
+    advice: str | None = None
+    output: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the parent it makes."""
+        return f"{self.repository}@{self.branch}"
 
 
 class Host(msgspec.Struct, frozen=True):

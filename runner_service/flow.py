@@ -34,6 +34,7 @@ from runner_service.domain import (
     Goto,
     Job,
     JobEvent,
+    Parent,
     Registration,
     Runner,
     RunnerState,
@@ -44,8 +45,9 @@ from runner_service.egress import merged
 from runner_service.facts import EXIT_MEANING, FORCED, Limits, facts, late, spent
 from runner_service.joblog import JobLogs
 from runner_service.live import EXEC_ID, Live
+from runner_service.parents import Choice
 from runner_service.ports import Catalog, Forge, Hypervisor, RunnerVm
-from vmm_core.errors import GuestRefused, UnknownVm, VmmError
+from vmm_core.errors import GuestRefused, SnapshotInvalid, UnknownTemplate, UnknownVm, VmmError, WrongOwner
 from vmm_core.machine import EgressRule, GuestFile
 
 log = structlog.get_logger("flow")
@@ -61,6 +63,8 @@ _ENDING_SECONDS = 5.0
 class Flow:
     """The handlers, and what they need. ``job`` looks one up; ``observe`` is told what the forge says about jobs.
 
+    ``choose`` names the parent for a job (its id) whose labels ask for a template; ``chosen`` hears of the kind.
+
     Every VM may reach what its template is open to, ``egress``, and the one of ``forge_rules`` for its forge.
     """
 
@@ -75,6 +79,8 @@ class Flow:
         service: str,
         job: Callable[[str], Awaitable[Job | None]],
         observe: Callable[[JobEvent], None],
+        choose: Callable[[str, Template], Awaitable[Choice | None]],
+        chosen: Callable[[str], None] = lambda _code: None,
         egress: tuple[EgressRule, ...] = (),
         forge_rules: Mapping[str, EgressRule] | None = None,
         clock: Callable[[], float] = time.time,
@@ -87,6 +93,8 @@ class Flow:
         self._service = service
         self._job = job
         self._observe = observe
+        self._choose = choose
+        self._chosen = chosen
         self._egress = egress
         self._forge_rules = forge_rules or {}
         self.clock = clock
@@ -118,7 +126,7 @@ class Flow:
 
     async def _forking(self, runner: Runner, live: Live) -> Answer:
         """Fork and register at once, then start the runner. After a crash the VM may be there already."""
-        template = next((t for t in self._catalog.templates() if t.digest == runner.digest), None)
+        template = self._template(runner)
         if template is None or template.runner_dir is None:
             return Goto(
                 "retiring", f"the template '{runner.template}' is gone or holds no runner", "no_template"
@@ -137,6 +145,12 @@ class Flow:
             return Goto("retiring", f"cannot start the VM: {error}", error.code)
         return Goto("registering", "the runner process runs in the guest")
 
+    def _template(self, runner: Runner) -> Template | None:
+        """The template it was made for, or what bears its name by now."""
+        known = self._catalog.templates()
+        same = (t for t in known if t.digest == runner.digest)
+        return next(same, None) or next((t for t in known if t.name == runner.template), None)
+
     async def _both(
         self, fork: Awaitable[RunnerVm], register: Awaitable[Registration]
     ) -> tuple[RunnerVm, Registration]:
@@ -151,10 +165,45 @@ class Flow:
             raise
 
     async def _fork(self, runner: Runner, live: Live, template: Template) -> RunnerVm:
+        """Forked from the job's parent; from the template when there is none, or that one is not to be had any more."""
         if live.vm is not None:
             return live.vm
-        vm = await self._hypervisor.launch(
-            runner.digest or runner.template,
+        parent = await self._parent(runner, live, template)
+        vm: RunnerVm | None = None
+        if parent is not None:
+            try:
+                vm = await self._launch(runner, parent.machine)
+                live.changes["parent"] = parent.name
+            except (UnknownTemplate, SnapshotInvalid, WrongOwner) as error:
+                self._chosen("gone")
+                why = f"fallback: template {template.name}: {parent.name} cannot be forked: {error}"
+                live.note(runner, self.clock(), "parent", why)
+        machine = parent.machine if parent is not None and vm is not None else template
+        vm = vm or await self._launch(runner, template)
+        live.take_vm(vm)
+        live.changes |= {"vm_id": vm.id, "digest": machine.digest}
+        self._catalog.touch(machine.digest)
+        t = vm.timings
+        closed = machine.allow is None and self._egress
+        live.note(
+            runner, self.clock(), "forked",
+            f"VM {vm.id} in {t.total_ms:.0f} ms (disk {t.disk_ms:.0f}, start {t.spawn_ms:.0f}, revive {t.revive_ms:.0f})"  # noqa: E501
+            + ("; its template has no network card: [[runners.egress]] does not apply" if closed else ""),
+        )  # fmt: skip
+        return vm
+
+    async def _parent(self, runner: Runner, live: Live, template: Template) -> Parent | None:
+        """The parent its job gets; which one and why is a line of the job's story."""
+        choice = await self._choose(runner.job_id, template) if runner.job_id is not None else None
+        if choice is None:
+            return None
+        self._chosen(choice.code)
+        live.note(runner, self.clock(), "parent", choice.reason)
+        return choice.parent
+
+    def _launch(self, runner: Runner, machine: Template) -> Awaitable[RunnerVm]:
+        return self._hypervisor.launch(
+            machine.digest,
             ttl=self._limits.ttl,
             metadata={
                 "runner_id": runner.id,
@@ -162,19 +211,11 @@ class Flow:
                 "scope": runner.scope_path,
                 "job": runner.job_id or "",
             },
-            allow=self._allowed(runner, template),
+            allow=self._allowed(runner, machine),
             hostname=runner.id,
+            # An enterprise's runner may be taken by a job of any of its organizations.
+            owner=runner.scope_path.partition("/")[0].lower() if runner.scope_kind != "enterprise" else None,
         )
-        live.take_vm(vm)
-        live.changes["vm_id"] = vm.id
-        t = vm.timings
-        closed = template.allow is None and self._egress
-        live.note(
-            runner, self.clock(), "forked",
-            f"VM {vm.id} in {t.total_ms:.0f} ms (disk {t.disk_ms:.0f}, start {t.spawn_ms:.0f}, revive {t.revive_ms:.0f})"  # noqa: E501
-            + ("; its template has no network card: [[runners.egress]] does not apply" if closed else ""),
-        )  # fmt: skip
-        return vm
 
     def _allowed(self, runner: Runner, template: Template) -> tuple[EgressRule, ...] | None:
         """Template, forge and settings together; without a network card there is nothing to allow."""

@@ -6,11 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from github_webhook import events, github
-from github_webhook.app_auth import AppAuth
+from github_webhook.app_auth import AppAuth, Auth
 from github_webhook.app_auth import Scope as GitHubScope
 from github_webhook.errors import AnswerInvalid, DeliveryRefused, JitConfigInvalid
 from github_webhook.jit import decode
-from runner_service.domain import Ignored, JobEvent, JobState, Registration, RemoteRunner, Scope
+from github_webhook.rest import clone_url
+from images.mirror import Credential
+from runner_service.domain import (
+    Ignored,
+    JobEvent,
+    JobState,
+    Push,
+    Registration,
+    RemoteRunner,
+    Repository,
+    Scope,
+)
+from runner_service.repositories import Origin, OriginOf
 from runner_service.settings import GitHubSettings
 from runner_service.store.queries import InboxRow
 
@@ -55,14 +67,25 @@ class GitHubForge:
         return None if found is None else _job_event(found, owner, repo, self._clock())
 
 
+def origin_of(auth: Auth, api_url: str) -> OriginOf:
+    """Where the forge's repositories are cloned from, each with a credential for that one."""
+
+    async def origin(repository: Repository) -> Origin:
+        credential = await auth.clone_credential(repository.owner, repository.repo)
+        url = clone_url(api_url, repository.owner, repository.repo)
+        return Origin(url, Credential(username=credential.username, password=credential.password))
+
+    return origin
+
+
 class Interpreter:
     """Reads stored deliveries; tells an App's credentials which installations come and go."""
 
     def __init__(self, auth: AppAuth | None = None) -> None:
         self._auth = auth
 
-    def __call__(self, row: InboxRow) -> JobEvent | Ignored:
-        """What a stored delivery says about a job."""
+    def __call__(self, row: InboxRow) -> JobEvent | Push | Ignored:
+        """What a stored delivery says about a job or a branch."""
         try:
             event = events.parse(row.event, row.payload)
         except DeliveryRefused as error:
@@ -73,6 +96,10 @@ class Interpreter:
             if self._auth is not None and event.installation_id is not None:
                 self._auth.learn(GitHubScope.repository(event.owner, event.repo), event.installation_id)
             return _event(event, row)
+        if isinstance(event, events.PushEvent):
+            if self._auth is not None and event.installation_id is not None:
+                self._auth.learn(GitHubScope.repository(event.owner, event.repo), event.installation_id)
+            return _push(event, row)
         if (
             isinstance(event, events.InstallationEvent)
             and event.action in ("deleted", "suspend")
@@ -105,11 +132,26 @@ def _event(event: events.WorkflowJobEvent, row: InboxRow) -> JobEvent:
     )
 
 
-def scope_chooser(settings: GitHubSettings) -> Callable[[JobEvent], Scope | None]:
+def _push(event: events.PushEvent, row: InboxRow) -> Push | Ignored:
+    branch = event.ref.removeprefix("refs/heads/")
+    if branch == event.ref:
+        return Ignored("tag")
+    return Push(
+        forge=row.forge,
+        owner=event.owner,
+        repo=event.repo,
+        branch=branch,
+        commit="" if event.deleted else event.after,
+        default_branch=event.default_branch,
+        seen_at=row.received_at,
+    )
+
+
+def scope_chooser(settings: GitHubSettings) -> Callable[[JobEvent | Push], Scope | None]:
     """Where a job's runner registers; None for a repository that is not to be served."""
     patterns = [pattern.lower() for pattern in settings.repositories]
 
-    def scope_of(event: JobEvent) -> Scope | None:
+    def scope_of(event: JobEvent | Push) -> Scope | None:
         path = f"{event.owner}/{event.repo}"
         if patterns and not any(fnmatch.fnmatchcase(path.lower(), pattern) for pattern in patterns):
             return None

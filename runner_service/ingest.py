@@ -5,11 +5,11 @@ from typing import Any
 
 import msgspec
 
-from runner_service.domain import JOB_RANK, Job, JobEvent, Runner, Scope, TimelineRow, timeline
+from runner_service.domain import JOB_RANK, Job, JobEvent, Push, Runner, Scope, TimelineRow, timeline
 from runner_service.labels import Foreign, Serve, Unservable, group_key, is_ours
 
-Choose = Callable[[tuple[str, ...]], Serve | Foreign | Unservable]
-ScopeOf = Callable[[JobEvent], Scope | None]
+Choose = Callable[[Job], Serve | Foreign | Unservable]
+ScopeOf = Callable[[JobEvent | Push], Scope | None]
 
 
 class Books:
@@ -68,7 +68,7 @@ def apply(books: Books, event: JobEvent, *, choose: Choose, scope_of: ScopeOf, n
 
 def serve(books: Books, job: Job, choose: Choose, now: float) -> None:
     """Find a template for a queued job, or say why there is none."""
-    chosen = choose(job.labels)
+    chosen = choose(job)
     if isinstance(chosen, Serve):
         key = group_key(job.forge, job.scope.key, chosen.template.name, chosen.labels)
         books.put_job(

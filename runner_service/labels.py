@@ -1,6 +1,6 @@
 """Which template a job's labels ask for, or why none can serve them. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -47,15 +47,26 @@ def group_key(forge: str, scope_key: str, template: str, labels: Sequence[str]) 
 
 
 def choose(
-    labels: Sequence[str], templates: Sequence[Template], *, default: str, extra: Sequence[str] = ()
+    labels: Sequence[str],
+    templates: Sequence[Template],
+    *,
+    default: str,
+    extra: Sequence[str] = (),
+    asked: Mapping[str, str] | None = None,
 ) -> Serve | Foreign | Unservable:
     """Decide what serves ``labels``.
 
     ``microvm`` alone means ``default``. ``microvm-X`` means the template named X, or one that lists X (or
     ``microvm-X``) among its labels. Any other label must be a companion, listed by the template, or in ``extra``.
+    ``asked`` is what the job's repository says of itself: label (lower case) → the template it means there.
     """
     if not is_ours(labels):
         return Foreign()
+    asked = asked or {}
+    if asked:
+        templates = [
+            _with_labels(t, [label for label, name in asked.items() if name == t.name]) for t in templates
+        ]
     wanted = dict.fromkeys(label.lower() for label in labels)
     ours = [label for label in wanted if _is_our_label(label)]
     candidates = [t for t in templates if t.runner_dir is not None]
@@ -78,6 +89,8 @@ def choose(
             )
         candidates = listed
     explicit = any(label != OURS for label in ours) or bool(others)
+    meant = asked.get(OURS, default)
+    default = meant if any(t.name == meant for t in candidates) else default
     best = _best(candidates, ours, default, explicit=explicit)
     if best is None:
         return Unservable("no_template", _no_template(OURS, templates, default))
@@ -101,6 +114,10 @@ def _best(
 
 def _is_our_label(label: str) -> bool:
     return label == OURS or label.startswith(f"{OURS}-")
+
+
+def _with_labels(template: Template, more: Sequence[str]) -> Template:
+    return msgspec.structs.replace(template, labels=(*template.labels, *more)) if more else template
 
 
 def _listed(template: Template) -> frozenset[str]:

@@ -3,7 +3,9 @@
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Literal, Protocol
 
-from runner_service.domain import JobEvent, Registration, RemoteRunner, Scope, Template
+import msgspec
+
+from runner_service.domain import JobEvent, Parent, Registration, RemoteRunner, Repository, Scope, Template
 from vmm_core.machine import EgressRule, ExecResult, ForkTimings, GuestFile, Output, VmExit, VmRecord
 
 
@@ -52,6 +54,7 @@ class Hypervisor(Protocol):
         metadata: Mapping[str, str] | None = None,
         allow: Sequence[EgressRule] | None = None,
         hostname: str | None = None,
+        owner: str | None = None,
     ) -> Awaitable[RunnerVm]: ...
     def adopt(self) -> Awaitable[Sequence[RunnerVm]]: ...
     def records(self) -> list[VmRecord]: ...
@@ -60,9 +63,63 @@ class Hypervisor(Protocol):
 
 
 class Catalog(Protocol):
-    """The templates of this host; cheap enough to be asked for every decision."""
+    """The templates and repositories' parents of this host; cheap enough to be asked for every decision."""
 
     def templates(self) -> Sequence[Template]: ...
+    def parents(self) -> Sequence[Parent]: ...
+    def has(self, digest: str) -> bool:
+        """Whether the snapshot still exists, named or not."""
+        ...
+
+    def withdrawn(self, name: str) -> frozenset[str]:
+        """The digests that a parent's name was rolled back from."""
+        ...
+
+    def touch(self, digest: str) -> None:
+        """It was forked just now."""
+        ...
+
+    async def prune(self, *, budget_bytes: int | None, keep: int) -> None:
+        """Make room among the parents."""
+        ...
+
+
+class Look(msgspec.Struct, frozen=True):
+    """A repository as it is now. ``watched`` are the branches that get parents, with their commits.
+
+    ``template`` is the base that its ``.microvm.yml`` names, if it does.
+    """
+
+    default_branch: str
+    watched: dict[str, str]
+    template: str | None = None
+
+
+class CannotLookError(Exception):
+    """A repository cannot be looked at: the message says what was tried, what happened and what to do."""
+
+    code = "cannot_look"
+
+
+class Repositories(Protocol):
+    """The mirrors of repositories on this host. Raise CannotLookError; the caller sets the deadline."""
+
+    async def look(self, repository: Repository) -> Look:
+        """Fetch it and read what it wants."""
+        ...
+
+    async def keys(
+        self, repository: Repository, commit: str, bases: Mapping[str, str | None]
+    ) -> dict[str, str]:
+        """The dependency key of a commit on each of ``bases`` (digest → version of the runner in it).
+
+        Fetches only what the mirror does not have. Empty when the repository itself has no such commit.
+        """
+        ...
+
+    async def on_branch(self, repository: Repository, commit: str, branch: str) -> bool:
+        """Whether the commit is on that branch of the repository itself. Fetches as ``keys``."""
+        ...
 
 
 class Forge(Protocol):

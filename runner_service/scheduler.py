@@ -44,7 +44,10 @@ _OBSERVED_BOUND = 10_000
 
 
 class Scheduler:
-    """Runs the control plane of one host. ``wake`` may be called from any task of its loop."""
+    """Runs the control plane of one host. ``wake`` may be called from any task of its loop.
+
+    ``moved`` is called when a repository is new or a branch of one moved.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Scheduler:
         metrics: Metrics,
         keep_seconds: float,
         prune_logs: Callable[[float], None],
+        moved: Callable[[], None] = lambda: None,
         tick: float = _TICK,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -71,6 +75,7 @@ class Scheduler:
         self._metrics = metrics
         self._keep = keep_seconds
         self._prune_logs = prune_logs
+        self._moved = moved
         self._tick = tick
         self._clock = clock
         self._woken = asyncio.Event()
@@ -215,6 +220,8 @@ class Scheduler:
         for runner_id in decision.touched:
             if runner_id in self._lives:
                 self._lives[runner_id].wake()
+        if decision.moved:
+            self._moved()
         self._again = decision.more
         self._count(decision, time.perf_counter() - started)
 

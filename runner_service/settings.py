@@ -33,7 +33,10 @@ _TESTS = "MICROVM_TEST_"
 # How alike a variable's section must be to one of ours to be taken for a slip of the pen.
 _NEAR_MISS = 0.65
 # The least that makes sense of a number, where it is not 1.
-_LEAST = {"memory_mib": 0, "keep_days": 0.01, "timeout_s": 0.1}
+_LEAST = {
+    "memory_mib": 0, "keep_days": 0.01, "timeout_s": 0.1, "every_h": 0, "poll_s": 0, "budget_mib": 0,
+    "choice_limit_s": 0.05, "nice": 0, "retry_s": 0.1,
+}  # fmt: skip
 
 
 class SettingsError(Exception):
@@ -59,9 +62,11 @@ class GitHubSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One GitHub: an App (``app_id`` + ``private_key_file``) or a personal token, and whose jobs are served.
 
     ``repositories`` are patterns such as ``owner/*``; empty means every repository that sends signed events.
+    ``server_url`` is the address at which jobs see it (their GITHUB_SERVER_URL), when ``base_url`` does not tell.
     """
 
     base_url: str = "https://api.github.com"
+    server_url: str = ""
     app_id: str = ""
     private_key_file: str = ""
     private_key_env: str = ""
@@ -111,12 +116,50 @@ class Runners(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reap_every_s: float = 30.0
 
 
+class Bakes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Warm parents of repositories, baked by the service itself. Seconds, hours and MiB; 0 turns a schedule off.
+
+    A repository is watched from its first job on; those of ``repositories`` (patterns as ``owner/*``) from their
+    first push on. Bakes run ``at_once``, each for ``limit_s`` at most and ``attempts`` times before it has failed.
+    Watched branches are looked at every ``poll_s``, and baked anew every ``every_h``. Of each parent ``keep`` versions
+    are kept, of all as many as fit into ``budget_mib`` (0: any number); of ``mirrors`` of repositories each may have
+    ``mirror_mib``. A job waits ``choice_limit_s`` at most for the choice of its parent. The last four are what a
+    repository's own ``.microvm.yml`` may ask for.
+    """
+
+    enabled: bool = True
+    repositories: tuple[str, ...] = ()
+    at_once: int = 1
+    limit_s: float = 3600.0
+    attempts: int = 3
+    retry_s: float = 60.0
+    every_h: float = 0.0
+    poll_s: float = 300.0
+    look_limit_s: float = 300.0
+    choice_limit_s: float = 2.0
+    keep: int = 3
+    budget_mib: int = 0
+    mirrors: int = 256
+    mirror_mib: int = 20480
+    log_limit_mib: int = 8
+    nice: int = 10
+    repository_egress: tuple[str, ...] = ("package-registries",)
+    most_vcpus: int = 4
+    most_memory_mib: int = 8192
+    most_disk_mib: int = 32768
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All sections. ``github`` is absent until configured: the service then serves its API only."""
+    """All sections. ``github`` is absent until configured: the service then serves its API only.
+
+    ``source`` is the file they were read from, if there was one.
+    """
 
     service: Service = Service()
     github: GitHubSettings | None = None
     runners: Runners = Runners()
+    bakes: Bakes = Bakes()
+    source: Path | None = None
 
     @property
     def data_dir(self) -> Path:
@@ -145,7 +188,8 @@ def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> 
         raise SettingsError(_explain(error, tree, origin)) from error
     _check_values(settings, origin)
     name = settings.service.name or socket.gethostname()
-    return msgspec.structs.replace(settings, service=msgspec.structs.replace(settings.service, name=name))
+    service = msgspec.structs.replace(settings.service, name=name)
+    return msgspec.structs.replace(settings, service=service, source=source)
 
 
 def read_secret(
@@ -198,7 +242,7 @@ def _read(source: Path) -> dict[str, Any]:
 
 
 def _sections() -> dict[str, type[msgspec.Struct]]:
-    return {"service": Service, "github": GitHubSettings, "runners": Runners}
+    return {"service": Service, "github": GitHubSettings, "runners": Runners, "bakes": Bakes}
 
 
 def _check_keys(tree: Mapping[str, Any], origin: str) -> None:
@@ -298,7 +342,9 @@ def _check_values(settings: Settings, origin: str) -> None:
             f"{origin}: [service] database_url holds a password: put the whole URL into an environment variable "
             "and name that in database_url_env"
         )
-    for section, table in (("service", service), ("runners", runners), ("github", github)):
+    for section, table in (
+        ("service", service), ("runners", runners), ("github", github), ("bakes", settings.bakes),
+    ):  # fmt: skip
         if table is not None:
             _check_numbers(table, f"{origin}: [{section}]")
     try:
@@ -313,8 +359,17 @@ def _check_values(settings: Settings, origin: str) -> None:
         raise SettingsError(
             f"{origin}: [runners] name_prefix: lower-case letters, digits and '-', at most 32"
         )
+    _check_patterns(settings.bakes.repositories, f"{origin}: [bakes]")
+    if settings.bakes.nice > 19:
+        raise SettingsError(f"{origin}: [bakes] nice: at most 19, not {settings.bakes.nice}")
     if github is not None:
         _check_github(github, origin)
+
+
+def _check_patterns(patterns: tuple[str, ...], where: str) -> None:
+    for pattern in patterns:
+        if not re.fullmatch(r"[^/\s]+/[^/\s]+", pattern):
+            raise SettingsError(f"{where} repositories: '{pattern}' is not owner/repository or owner/*")
 
 
 def _is_ipv4(text: str) -> bool:
@@ -329,25 +384,28 @@ def _check_numbers(table: msgspec.Struct, where: str) -> None:
     for key in table.__struct_fields__:
         value = getattr(table, key)
         least = _LEAST.get(key, 1)
-        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+        if (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and not (math.isfinite(value) and value >= least)
+        ):
             raise SettingsError(f"{where} {key}: must be a number of at least {least}, not {value}")
 
 
 def _check_github(github: GitHubSettings, origin: str) -> None:
     where = f"{origin}: [github]"
-    if not github.base_url.startswith(("https://", "http://")):
-        raise SettingsError(f"{where} base_url: must start with https://, not '{github.base_url}'")
-    key = github.private_key_file or github.private_key_env
+    for key, url in (("base_url", github.base_url), ("server_url", github.server_url or github.base_url)):
+        if not url.startswith(("https://", "http://")):
+            raise SettingsError(f"{where} {key}: must start with https://, not '{url}'")
+    secret = github.private_key_file or github.private_key_env
     token = github.token_file or github.token_env
-    if bool(github.app_id) != bool(key):
+    if bool(github.app_id) != bool(secret):
         raise SettingsError(f"{where}: app_id and private_key_file (or private_key_env) belong together")
-    if bool(token) == bool(key):
+    if bool(token) == bool(secret):
         raise SettingsError(
             f"{where}: give either an App (app_id, private_key_file) or a token (token_file, token_env)"
         )
-    for pattern in github.repositories:
-        if not re.fullmatch(r"[^/\s]+/[^/\s]+", pattern):
-            raise SettingsError(f"{where} repositories: '{pattern}' is not owner/repository or owner/*")
+    _check_patterns(github.repositories, where)
 
 
 def _secret_file(path: Path, what: str) -> str:

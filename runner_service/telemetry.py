@@ -103,6 +103,25 @@ class Metrics:
         self.vms = Gauge("microvm_vms", "VMs of this host.", registry=self.registry)
         self.room = Gauge("microvm_room_vms", "VMs this host could still take.", registry=self.registry)
         self.rss = Gauge("microvm_service_rss_bytes", "Memory of the service itself.", registry=self.registry)
+        self.parents = Counter(
+            "microvm_parents", "Parents chosen for jobs, by why it was that one; gone: it could not be forked.",
+            ["reason"], registry=self.registry,
+        )  # fmt: skip
+        self.bakes = Counter(
+            "microvm_bakes",
+            "Bakes of repositories' parents, by outcome; hit: there was one already, again: tried once more.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.bake_seconds = Histogram(
+            "microvm_bake_seconds",
+            "Bakes of repositories' parents.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.bakes_under_way = Gauge(
+            "microvm_bakes_under_way", "Bakes by state.", ["state"], registry=self.registry
+        )
         self._repositories = Names()
         self._templates = Names()
         live, ended = ["template"], ["repository"]

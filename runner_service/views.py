@@ -5,7 +5,8 @@ from pathlib import Path
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from runner_service.domain import Ending, Job, Runner, TimelineRow
+from runner_service.domain import Bake, Ending, Job, Runner, TimelineRow
+from runner_service.store import bake_queries as bq
 from runner_service.store import queries as q
 from vmm_core import accounting
 from vmm_core.drivers.base import DISK
@@ -50,6 +51,7 @@ class RunnerView(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None
     waits_for: str | None
     exit_code: int | None
+    parent: str | None = None
     usage: VmUsage | None = None
     ending: VmExit | None = None
 
@@ -90,6 +92,11 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     net_sent_bytes: int | None = None
     net_received_bytes: int | None = None
     metadata: dict[str, str] = {}
+
+
+async def list_bakes(db: AsyncConnection, *, limit: int, repository: str | None = None) -> list[Bake]:
+    """The newest bakes, newest first."""
+    return await bq.list_bakes(db, limit=limit, repository=repository.lower() if repository else None)
 
 
 async def list_jobs(db: AsyncConnection, *, limit: int, state: str | None = None) -> list[JobView]:
@@ -160,6 +167,7 @@ def runner_view(runner: Runner, ending: Ending | None = None) -> RunnerView:
         reason=runner.reason,
         waits_for=runner.waits_for,
         exit_code=runner.exit_code,
+        parent=runner.parent,
         usage=runner.usage,
         ending=ending.exit if ending is not None else None,
     )

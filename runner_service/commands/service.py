@@ -1,7 +1,6 @@
 """``microvm ps | jobs | why | logs | kill``: look at the service, give it orders."""
 
 import asyncio
-import os
 import sys
 from datetime import datetime
 
@@ -136,7 +135,7 @@ async def logs(settings: Settings, api: str | None, job: str, *, follow: bool) -
         async for piece in source.log(job, follow=follow):
             data = show.for_terminal(piece) if terminal else piece
             # Off the loop: a reader that is slow must slow us down, not break the connection.
-            await asyncio.to_thread(_write, data)
+            await asyncio.to_thread(show.write, data)
     return 0
 
 
@@ -147,9 +146,3 @@ async def kill(settings: Settings, api: str | None, vm: str) -> int:
             await engine.destroy(vm)
     sys.stdout.write(f"{vm} is being ended\n")
     return 0
-
-
-def _write(data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(1, rest) :]

@@ -1,5 +1,6 @@
 """Tables, JSON and times for people: how the commands print."""
 
+import os
 import re
 import sys
 import time
@@ -66,6 +67,13 @@ def seconds(count: float | None) -> str:
 def left(until: float) -> str:
     """``12s``, ``3m``, ``2h`` until Unix time ``until``."""
     return span(max(0.0, until - time.time()))
+
+
+def write(data: bytes) -> None:
+    """All of ``data`` to stdout, as it is. Blocks while the reader is slow."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(1, rest) :]
 
 
 def for_terminal(data: bytes) -> bytes:

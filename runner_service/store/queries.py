@@ -1,18 +1,27 @@
 """Every query of the control plane, by name. Plain functions on a connection; SQLite and PostgreSQL alike."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from runner_service.domain import Ending, Host, Job, Runner, TimelineRow
-from runner_service.store.schema import endings, hosts, inbox, jobs, locks, runners, timeline
-
-T = TypeVar("T", bound=msgspec.Struct)
-_CHUNK = 500
+from runner_service.store.rows import as_struct, chunks, columns, insert_into
+from runner_service.store.schema import (
+    bakes,
+    commit_keys,
+    endings,
+    heads,
+    hosts,
+    inbox,
+    jobs,
+    locks,
+    repositories,
+    runners,
+    timeline,
+)
 
 
 class InboxRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,16 +36,11 @@ class InboxRow(msgspec.Struct, frozen=True, kw_only=True):
     payload: bytes
 
 
-def _columns(table: sa.Table, kind: type[msgspec.Struct]) -> tuple[sa.Column[Any], ...]:
-    """The columns of ``table`` that ``kind`` holds, in the order of its fields: what ``_as`` expects."""
-    return tuple(table.c[name] for name in kind.__struct_fields__ if name in table.c)
-
-
-_JOB = _columns(jobs, Job)
-_RUNNER = _columns(runners, Runner)
-_DELIVERY = _columns(inbox, InboxRow)
-_LINE = _columns(timeline, TimelineRow)
-_ENDING = _columns(endings, Ending)
+_JOB = columns(jobs, Job)
+_RUNNER = columns(runners, Runner)
+_DELIVERY = columns(inbox, InboxRow)
+_LINE = columns(timeline, TimelineRow)
+_ENDING = columns(endings, Ending)
 
 
 # ── the scheduler's mutual exclusion ─────────────────────────────────────────────────────────────
@@ -54,7 +58,7 @@ async def lock_scheduler(db: AsyncConnection, owner: str, until: float) -> None:
 
 async def put_delivery(db: AsyncConnection, row: Mapping[str, Any]) -> Literal["stored", "known", "done"]:
     """Store a delivery once. ``known``: stored before, not processed yet; ``done``: processed before."""
-    insert = _insert(db, inbox).on_conflict_do_nothing(index_elements=["forge", "id"])
+    insert = insert_into(db, inbox).on_conflict_do_nothing(index_elements=["forge", "id"])
     if (await db.execute(insert, dict(row))).rowcount == 1:
         return "stored"
     processed = await db.scalar(
@@ -66,7 +70,7 @@ async def put_delivery(db: AsyncConnection, row: Mapping[str, Any]) -> Literal["
 async def pending_deliveries(db: AsyncConnection, limit: int) -> list[InboxRow]:
     """The oldest unprocessed deliveries, in order."""
     query = sa.select(*_DELIVERY).where(inbox.c.processed_at.is_(None)).order_by(inbox.c.seq).limit(limit)
-    return [_as(row, InboxRow) for row in await db.execute(query)]
+    return [as_struct(row, InboxRow) for row in await db.execute(query)]
 
 
 async def close_deliveries(db: AsyncConnection, outcomes: Mapping[int, str], now: float) -> None:
@@ -85,9 +89,9 @@ async def close_deliveries(db: AsyncConnection, outcomes: Mapping[int, str], now
 
 async def jobs_by_id(db: AsyncConnection, ids: Collection[str]) -> dict[str, Job]:
     found: dict[str, Job] = {}
-    for chunk in _chunks(list(ids)):
+    for chunk in chunks(list(ids)):
         for row in await db.execute(sa.select(*_JOB).where(jobs.c.id.in_(chunk))):
-            found[row.id] = _as(row, Job)
+            found[row.id] = as_struct(row, Job)
     return found
 
 
@@ -100,7 +104,7 @@ async def find_job(db: AsyncConnection, ref: str) -> Job | None:
     ).all()
     exact = [row for row in rows if row.id == ref]
     if exact or len(rows) == 1:
-        return _as((exact or rows)[0], Job)
+        return as_struct((exact or rows)[0], Job)
     return None
 
 
@@ -109,14 +113,14 @@ async def list_jobs(db: AsyncConnection, *, limit: int, state: str | None = None
     query = sa.select(*_JOB).order_by(jobs.c.updated_at.desc(), jobs.c.id).limit(limit)
     if state is not None:
         query = query.where(jobs.c.state == state)
-    return [_as(row, Job) for row in await db.execute(query)]
+    return [as_struct(row, Job) for row in await db.execute(query)]
 
 
 async def save_jobs(db: AsyncConnection, changed: Sequence[Job]) -> None:
     """Insert or replace these jobs."""
     if not changed:
         return
-    insert = _insert(db, jobs)
+    insert = insert_into(db, jobs)
     columns = {c.name: insert.excluded[c.name] for c in jobs.columns if c.name != "id"}
     await db.execute(
         insert.on_conflict_do_update(index_elements=["id"], set_=columns), [_row(job) for job in changed]
@@ -141,7 +145,7 @@ async def queued_jobs(db: AsyncConnection, group: str, limit: int) -> list[Job]:
         .order_by(jobs.c.event_at, jobs.c.id)
         .limit(limit)
     )
-    return [_as(row, Job) for row in await db.execute(query)]
+    return [as_struct(row, Job) for row in await db.execute(query)]
 
 
 async def unserved_jobs(db: AsyncConnection, limit: int) -> list[Job]:
@@ -152,7 +156,7 @@ async def unserved_jobs(db: AsyncConnection, limit: int) -> list[Job]:
         .order_by(jobs.c.event_at.desc())
         .limit(limit)
     )
-    return [_as(row, Job) for row in await db.execute(query)]
+    return [as_struct(row, Job) for row in await db.execute(query)]
 
 
 async def aged_jobs(
@@ -162,7 +166,7 @@ async def aged_jobs(
     unserved = sa.and_(jobs.c.state == "queued", jobs.c.group_key.is_(None), jobs.c.event_at < queued_before)
     waiting = sa.and_(jobs.c.state == "waiting", jobs.c.event_at < waiting_before)
     query = sa.select(*_JOB).where(sa.or_(unserved, waiting)).order_by(jobs.c.event_at).limit(limit)
-    return [_as(row, Job) for row in await db.execute(query)]
+    return [as_struct(row, Job) for row in await db.execute(query)]
 
 
 async def stranded_jobs(db: AsyncConnection, limit: int) -> list[Job]:
@@ -174,7 +178,7 @@ async def stranded_jobs(db: AsyncConnection, limit: int) -> list[Job]:
         .order_by(jobs.c.updated_at)
         .limit(limit)
     )
-    return [_as(row, Job) for row in await db.execute(query)]
+    return [as_struct(row, Job) for row in await db.execute(query)]
 
 
 # ── runners ──────────────────────────────────────────────────────────────────────────────────────
@@ -183,20 +187,20 @@ async def stranded_jobs(db: AsyncConnection, limit: int) -> list[Job]:
 async def active_runners(db: AsyncConnection) -> list[Runner]:
     """Every runner that is not gone, oldest first."""
     query = sa.select(*_RUNNER).where(runners.c.state != "gone").order_by(runners.c.created_at, runners.c.id)
-    return [_as(row, Runner) for row in await db.execute(query)]
+    return [as_struct(row, Runner) for row in await db.execute(query)]
 
 
 async def runner(db: AsyncConnection, runner_id: str) -> Runner | None:
     row = (await db.execute(sa.select(*_RUNNER).where(runners.c.id == runner_id))).one_or_none()
-    return None if row is None else _as(row, Runner)
+    return None if row is None else as_struct(row, Runner)
 
 
 async def runners_by_id(db: AsyncConnection, ids: Collection[str]) -> dict[str, Runner]:
     """These runners, in whatever state."""
     found: dict[str, Runner] = {}
-    for chunk in _chunks(list(ids)):
+    for chunk in chunks(list(ids)):
         for row in await db.execute(sa.select(*_RUNNER).where(runners.c.id.in_(chunk))):
-            found[row.id] = _as(row, Runner)
+            found[row.id] = as_struct(row, Runner)
     return found
 
 
@@ -207,20 +211,20 @@ async def runners_of_job(db: AsyncConnection, job_id: str) -> list[Runner]:
         .where(sa.or_(runners.c.job_id == job_id, runners.c.serving_job_id == job_id))
         .order_by(runners.c.created_at.desc())
     )
-    return [_as(row, Runner) for row in await db.execute(query)]
+    return [as_struct(row, Runner) for row in await db.execute(query)]
 
 
 async def runners_of_jobs(db: AsyncConnection, job_ids: Sequence[str]) -> dict[str, list[Runner]]:
     """For each of these jobs the runners made for it or serving it, newest first."""
     found: dict[str, list[Runner]] = {}
-    for chunk in _chunks(job_ids):
+    for chunk in chunks(job_ids):
         query = (
             sa.select(*_RUNNER)
             .where(sa.or_(runners.c.job_id.in_(chunk), runners.c.serving_job_id.in_(chunk)))
             .order_by(runners.c.created_at.desc())
         )
         for row in await db.execute(query):
-            one = _as(row, Runner)
+            one = as_struct(row, Runner)
             for job_id in {one.job_id, one.serving_job_id} - {None}:
                 found.setdefault(str(job_id), []).append(one)
     return found
@@ -260,7 +264,7 @@ async def step_runner(
         .returning(*_RUNNER)
     )
     row = (await db.execute(update)).one_or_none()
-    return None if row is None else _as(row, Runner)
+    return None if row is None else as_struct(row, Runner)
 
 
 async def kill_runner_of_vm(db: AsyncConnection, vm_id: str, now: float) -> str | None:
@@ -288,7 +292,7 @@ async def renew_leases(db: AsyncConnection, owner: str, now: float, until: float
         .values(lease_owner=owner, lease_until=until)
         .returning(*_RUNNER)
     )
-    return [_as(row, Runner) for row in await db.execute(update)]
+    return [as_struct(row, Runner) for row in await db.execute(update)]
 
 
 # ── timeline, hosts, housekeeping ────────────────────────────────────────────────────────────────
@@ -307,22 +311,22 @@ async def timeline_of_job(db: AsyncConnection, job_id: str, limit: int = 500) ->
         .order_by(timeline.c.at, timeline.c.seq)
         .limit(limit)
     )
-    return [_as(row, TimelineRow) for row in await db.execute(query)]
+    return [as_struct(row, TimelineRow) for row in await db.execute(query)]
 
 
 async def keep_ending(db: AsyncConnection, ending: Ending) -> None:
     """Keep how a runner's VM ended; the last word counts."""
     values = msgspec.structs.asdict(ending)
-    insert = _insert(db, endings).values(**values)
+    insert = insert_into(db, endings).values(**values)
     await db.execute(insert.on_conflict_do_update(index_elements=["runner_id"], set_=values))
 
 
 async def endings_of(db: AsyncConnection, runner_ids: Collection[str]) -> dict[str, Ending]:
     """How the VMs of these runners ended, as far as they did."""
     found: dict[str, Ending] = {}
-    for chunk in _chunks(list(runner_ids)):
+    for chunk in chunks(list(runner_ids)):
         for row in await db.execute(sa.select(*_ENDING).where(endings.c.runner_id.in_(chunk))):
-            found[row.runner_id] = _as(row, Ending)
+            found[row.runner_id] = as_struct(row, Ending)
     return found
 
 
@@ -331,7 +335,7 @@ async def save_host(db: AsyncConnection, host: Host, now: float) -> None:
         "name": host.name, "max_vms": host.max_vms, "memory_mib": host.memory_mib,
         "draining": host.draining, "seen_at": now,
     }  # fmt: skip
-    insert = _insert(db, hosts).values(**values)
+    insert = insert_into(db, hosts).values(**values)
     await db.execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
 
 
@@ -344,12 +348,17 @@ async def live_hosts(db: AsyncConnection, seen_since: float) -> list[Host]:
 
 
 async def forget(db: AsyncConnection, before: float) -> None:
-    """Drop what ended before ``before``: processed deliveries, finished jobs, gone runners, their timeline and ends."""
+    """Drop what ended before ``before``: processed deliveries, finished jobs, gone runners, their timeline and ends,
+    bakes that are over, and what was known of commits and repositories nobody spoke of since."""
     await db.execute(sa.delete(inbox).where(inbox.c.processed_at < before))
     await db.execute(sa.delete(jobs).where(jobs.c.updated_at < before, jobs.c.state == "completed"))
     await db.execute(sa.delete(runners).where(runners.c.state == "gone", runners.c.ended_at < before))
     await db.execute(sa.delete(endings).where(endings.c.at < before))
     await db.execute(sa.delete(timeline).where(timeline.c.at < before))
+    await db.execute(sa.delete(heads).where(heads.c.at < before))
+    await db.execute(sa.delete(commit_keys).where(commit_keys.c.at < before))
+    await db.execute(sa.delete(bakes).where(bakes.c.ended_at < before))
+    await db.execute(sa.delete(repositories).where(repositories.c.seen_at < before))
 
 
 async def warm_up(db: AsyncConnection) -> None:
@@ -395,20 +404,7 @@ async def warm_up(db: AsyncConnection) -> None:
     await add_timeline(db, [TimelineRow(at=0.0, job_id=None, runner_id=name, step=name)])
 
 
-def _insert(db: AsyncConnection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
-    """The dialect's INSERT with ON CONFLICT, which both databases spell alike."""
-    return postgresql.insert(table) if db.dialect.name == "postgresql" else sqlite.insert(table)
-
-
 def _row(value: msgspec.Struct) -> dict[str, Any]:
     fields = msgspec.structs.asdict(value)
     fields["labels"] = list(fields["labels"])
     return fields
-
-
-def _as(row: Any, kind: type[T]) -> T:
-    return msgspec.convert(dict(zip(kind.__struct_fields__, row, strict=False)), kind, strict=False)
-
-
-def _chunks(values: Sequence[str]) -> list[Sequence[str]]:
-    return [values[i : i + _CHUNK] for i in range(0, len(values), _CHUNK)]

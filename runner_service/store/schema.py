@@ -6,7 +6,7 @@ There are no foreign keys on purpose: old rows of each table are forgotten by ag
 
 import sqlalchemy as sa
 
-HEAD = "0002"
+HEAD = "0003"
 """The migration these tables correspond to; a test holds it equal to alembic's head."""
 
 metadata = sa.MetaData()
@@ -68,6 +68,7 @@ runners = sa.Table(
     sa.Column("killed_at", sa.Double),
     sa.Column("host", sa.Text),
     sa.Column("digest", sa.Text),
+    sa.Column("parent", sa.Text),
     sa.Column("vm_id", sa.Text),
     sa.Column("remote_id", sa.Text),
     sa.Column("deregistered", sa.Boolean, nullable=False),
@@ -137,6 +138,89 @@ hosts = sa.Table(
     sa.Column("draining", sa.Boolean, nullable=False),
     sa.Column("seen_at", sa.Double, nullable=False),
 )
+
+repositories = sa.Table(
+    "repositories",
+    metadata,
+    sa.Column("forge", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("repo", sa.Text, nullable=False),
+    sa.Column("seen_at", sa.Double, nullable=False),
+    sa.Column("default_branch", sa.Text),
+    sa.Column("used_at", sa.Double),
+    sa.Column("moved_at", sa.Double),
+    sa.Column("trouble", sa.Text),
+    sa.Index("ix_repositories_seen", "seen_at"),
+)
+
+# Commits that were seen at the head of a branch of the repository itself, and the dependency keys of commits.
+heads = sa.Table(
+    "heads",
+    metadata,
+    sa.Column("forge", sa.Text, primary_key=True),
+    sa.Column("repository", sa.Text, primary_key=True),
+    sa.Column("commit_id", sa.Text, primary_key=True),
+    sa.Column("branch", sa.Text, primary_key=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Index("ix_heads_at", "at"),
+)
+
+commit_keys = sa.Table(
+    "commit_keys",
+    metadata,
+    sa.Column("forge", sa.Text, primary_key=True),
+    sa.Column("repository", sa.Text, primary_key=True),
+    sa.Column("commit_id", sa.Text, primary_key=True),
+    sa.Column("base_digest", sa.Text, primary_key=True),
+    sa.Column("key", sa.Text, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Index("ix_commit_keys_at", "at"),
+)
+
+_UNDER_WAY = sa.text("state IN ('queued', 'baking')")
+
+# Each host bakes for itself: a parent is files of its own pool.
+bakes = sa.Table(
+    "bakes",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("forge", sa.Text, nullable=False),
+    sa.Column("repository", sa.Text, nullable=False),
+    sa.Column("branch", sa.Text, nullable=False),
+    sa.Column("commit", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, nullable=False),
+    sa.Column("base", sa.Text, nullable=False),
+    sa.Column("base_digest", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("why", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("due_at", sa.Double, nullable=False),
+    sa.Column("force", sa.Boolean, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("started_at", sa.Double),
+    sa.Column("ended_at", sa.Double),
+    sa.Column("pid", sa.Integer),
+    sa.Column("start_ticks", sa.BigInteger),
+    sa.Column("digest", sa.Text),
+    sa.Column("cache_hit", sa.Boolean),
+    sa.Column("incremental", sa.Boolean),
+    sa.Column("seconds", sa.Double),
+    sa.Column("steps", sa.JSON, nullable=False),
+    sa.Column("code", sa.Text),
+    sa.Column("step", sa.Text),
+    sa.Column("message", sa.Text),
+    sa.Column("advice", sa.Text),
+    sa.Column("output", sa.JSON, nullable=False),
+    sa.Index(
+        "uq_bakes_under_way", "host", "forge", "repository", "key",
+        unique=True, sqlite_where=_UNDER_WAY, postgresql_where=_UNDER_WAY,
+    ),
+    sa.Index("ix_bakes_state", "host", "state", "due_at"),
+    sa.Index("ix_bakes_repository", "repository", "id"),
+    sa.Index("ix_bakes_ended", "ended_at"),
+)  # fmt: skip
 
 # One row a mutual exclusion: touching it first in a transaction serialises deciders on every database.
 locks = sa.Table(

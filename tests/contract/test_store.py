@@ -262,7 +262,10 @@ async def test_a_database_of_the_first_version_keeps_its_rows(tmp_path: Path) ->
     async with Store.open(url) as opened, opened.writing() as db:
         await q.add_runners(db, [runner(1)])
         await db.execute(sa.text("DROP TABLE endings"))
-        await db.execute(sa.text("ALTER TABLE runners DROP COLUMN usage"))
+        for table in ("bakes", "commit_keys", "heads", "repositories"):
+            await db.execute(sa.text(f"DROP TABLE {table}"))
+        for column in ("usage", "parent"):
+            await db.execute(sa.text(f"ALTER TABLE runners DROP COLUMN {column}"))
         await db.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
     async with Store.open(url) as opened:
         assert await opened.read(q.active_runners) == [runner(1)]

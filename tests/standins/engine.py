@@ -10,8 +10,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Literal
 
-from runner_service.domain import Template
-from vmm_core.errors import ChannelClosed, GuestRefused, UnknownTemplate, UnknownVm, VmDied
+from runner_service.domain import Parent, Template
+from vmm_core.errors import ChannelClosed, GuestRefused, UnknownTemplate, UnknownVm, VmDied, WrongOwner
 from vmm_core.machine import (
     EgressRule,
     ExecResult,
@@ -34,6 +34,11 @@ class FakeHost:
 
     def __init__(self, templates: Sequence[Template] = ()) -> None:
         self.templates = list(templates)
+        self.parents: list[Parent] = []
+        self.snapshots: set[str] = set()
+        self.withdrawn: dict[str, frozenset[str]] = {}
+        self.touched: list[str] = []
+        self.pruned: list[tuple[int | None, int]] = []
         self.machines: dict[str, FakeMachine] = {}
         self.programs: dict[str, Program] = {}
         self.launches = 0
@@ -224,11 +229,16 @@ class FakeEngine:
         metadata: Mapping[str, str] | None = None,
         allow: Sequence[EgressRule] | None = None,
         hostname: str | None = None,
+        owner: str | None = None,
     ) -> FakeVm:
         self._gate("before launch")
-        template = next((t for t in self.host.templates if parent in (t.name, t.digest)), None)
+        known = [*self.host.templates, *(warm.machine for warm in self.host.parents)]
+        template = next((t for t in known if parent in (t.name, t.digest)), None)
         if template is None:
             raise UnknownTemplate(f"there is no template {parent!r}")
+        whose = next((warm.owner for warm in self.host.parents if warm.digest == template.digest), None)
+        if whose is not None and owner != whose:
+            raise WrongOwner(f"{template.name} belongs to {whose}, it is not forked for {owner}")
         await asyncio.sleep(self.host.fork_seconds)
         if self.host.fork_errors:
             raise self.host.fork_errors.pop(0)

@@ -28,8 +28,8 @@ async def client(service: Service, *, ready: bool = True) -> AsyncIterator[httpx
     async def vms():
         return [vm_view(record) for record in service.engine.records()]
 
-    api = Api(store=service.store, logs=service.logs, metrics=service.metrics, readiness=readiness, vms=vms,
-              kill=service.scheduler.kill)  # fmt: skip
+    api = Api(store=service.store, logs=service.logs, bake_logs=service.bake_logs, metrics=service.metrics,
+              readiness=readiness, vms=vms, kill=service.scheduler.kill)  # fmt: skip
     transport = httpx.ASGITransport(app=api.app())  # pyright: ignore
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
         yield http
@@ -98,6 +98,7 @@ async def test_a_fault_of_ours_tells_nothing_of_the_inside(tmp_path: Path) -> No
         api = Api(
             store=service.store,
             logs=service.logs,
+            bake_logs=service.bake_logs,
             metrics=service.metrics,
             readiness=None,
             vms=None,

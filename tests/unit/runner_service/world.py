@@ -3,19 +3,26 @@
 import asyncio
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import msgspec
 
+from images.mirror import Credential
+from runner_service.bake_plan import Planner
+from runner_service.bakes import Bakes, bake_logs
+from runner_service.choice import Chooser
 from runner_service.decide import Decider, Rules
-from runner_service.domain import Host, Job, JobEvent, Runner, Scope, Template
+from runner_service.domain import Host, Job, JobEvent, Parent, Push, Repository, Runner, Scope, Template
 from runner_service.facts import Limits
 from runner_service.flow import Flow
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
+from runner_service.repositories import Origin
 from runner_service.scheduler import Scheduler
+from runner_service.settings import Bakes as BakeSettings
 from runner_service.settings import Runners
 from runner_service.store import queries as q
 from runner_service.store.store import Store, sqlite_url
@@ -23,8 +30,13 @@ from runner_service.telemetry import Metrics
 from runner_service.views import Story, story
 from tests.standins.engine import FakeEngine, FakeHost
 from tests.standins.forge import FakeForge
+from tests.standins.repositories import FakeRepositories, bake_command, key_on
 
-TEMPLATE = Template("github-runner", "d" * 64, ("microvm-1cpu-512mb",), 512, "/opt/actions-runner")
+TEMPLATE = Template(
+    "github-runner", "d" * 64, ("microvm-1cpu-512mb",), 512, "/opt/actions-runner", runner="2.330.0"
+)
+SECRET = "ghs_the-secret-of-the-bake"
+BAKES = BakeSettings(limit_s=5, attempts=2, retry_s=0.1, poll_s=0.3, look_limit_s=5, choice_limit_s=1, nice=0)
 RUNNERS = Runners(
     max_vms=4,
     fork_limit_s=5,
@@ -55,14 +67,22 @@ class World:
     """``kill_at``: the number of the effect at which the service is killed; None lets it live."""
 
     def __init__(
-        self, directory: Path, *, runners: Runners = RUNNERS, templates: tuple[Template, ...] = (TEMPLATE,)
+        self,
+        directory: Path,
+        *,
+        runners: Runners = RUNNERS,
+        templates: tuple[Template, ...] = (TEMPLATE,),
+        bakes: BakeSettings | None = None,
     ) -> None:
+        """``bakes``: with a planner and a worker of bakes, over fake repositories; without, it bakes nothing."""
         self.directory = directory
         self.runners = runners
+        self.bakes = bakes
+        self.repositories = FakeRepositories()
         self.host = FakeHost(templates)
         self.forge = FakeForge(self._deliver)
         self.host.programs["Runner.Listener"] = self.forge.program
-        self.outbox: list[JobEvent] = []
+        self.outbox: list[JobEvent | Push] = []
         self.deliver_now = True
         self.mangle: Callable[[JobEvent], list[JobEvent]] = lambda event: [event]
         self.kill_at: int | None = None
@@ -82,11 +102,35 @@ class World:
             self._delivering.add(task)
             task.add_done_callback(self._delivering.discard)
 
+    async def push(self, repo: str, branch: str, commit: str, key: str) -> None:
+        """Somebody pushed: the forge has the commit, and tells of it."""
+        self.repositories.push(repo, branch, commit, key)
+        keys = {
+            one: key_on(self.host.templates[0].digest, words)
+            for found in self.repositories.repos.values()
+            for one, words in found.commits.items()
+        }
+        (self.directory / "keys.json").write_bytes(msgspec.json.encode(keys))
+        owner, _, name = repo.partition("/")
+        self.outbox.append(
+            Push(
+                forge="github", owner=owner, repo=name, branch=branch, commit=commit,
+                default_branch=self.repositories.repos[repo.lower()].default_branch, seen_at=time.time(),
+            )
+        )  # fmt: skip
+        if self.deliver_now:
+            await self.flush()
+
     async def flush(self) -> None:
         """Give what is in the outbox to a living service; what was not accepted is sent again later."""
         while self.outbox and self.service is not None and not self.dead.is_set():
             event = self.outbox.pop(0)
-            delivery = Delivery(f"guid-{next(self._guids)}", msgspec.json.encode(event), time.time())
+            delivery = Delivery(
+                f"guid-{next(self._guids)}",
+                msgspec.json.encode(event),
+                time.time(),
+                event="push" if isinstance(event, Push) else "workflow_job",
+            )
             try:
                 await self.service.inbox.store(delivery)
             except BaseException:
@@ -164,8 +208,42 @@ class Service:
         self.logs = JobLogs(world.directory / "logs", limit=world.runners.log_limit_mib << 20)
         self.metrics = Metrics()
         limits = Limits.of(world.runners)
-        catalog = Catalog(world.host)
+        catalog = Catalog(world.host, world.directory)
         forges = {"github": world.forge.client(gate)}
+        self.bakes: Bakes | None = None
+        self.planner: Planner | None = None
+        if world.bakes is not None:
+            self.bakes = Bakes(
+                store=self.store,
+                host="host-1",
+                settings=world.bakes,
+                command=bake_command(world.directory),
+                environ=dict(os.environ),
+                data_dir=world.directory,
+                origin=_origin,
+                server="",
+                catalog=catalog,
+                metrics=self.metrics,
+                keep_seconds=86400,
+            )
+            self.planner = Planner(
+                store=self.store,
+                host="host-1",
+                catalog=catalog,
+                repositories=world.repositories,
+                settings=world.bakes,
+                default_template=world.runners.default_template,
+                queued=self.bakes.wake,
+                tick=0.05,
+            )
+        self.bake_logs = self.bakes.logs if self.bakes is not None else bake_logs(world.directory, BAKES)
+        self.chooser = Chooser(
+            store=self.store,
+            host="host-1",
+            catalog=catalog,
+            repositories=world.repositories if world.bakes is not None else None,
+            limit=(world.bakes or BAKES).choice_limit_s,
+        )
         flow = Flow(
             hypervisor=self.engine,
             forges=forges,
@@ -175,6 +253,8 @@ class Service:
             service="host-1",
             job=self._job,
             observe=self._observe,
+            choose=self.chooser.choose,
+            chosen=lambda code: self.metrics.parents.labels(code).inc(),
         )
         rules = Rules(
             service="host-1",
@@ -186,9 +266,12 @@ class Service:
         )
         decider = Decider(
             rules,
-            interpret=lambda row: msgspec.json.decode(row.payload, type=JobEvent),
+            interpret=lambda row: msgspec.json.decode(
+                row.payload, type=Push if row.event == "push" else JobEvent
+            ),
             scope_of=lambda event: Scope("repository", f"{event.owner}/{event.repo}"),
             templates=catalog.templates,
+            parents=catalog.parents,
         )
         self.scheduler = Scheduler(
             store=self.store,
@@ -201,10 +284,11 @@ class Service:
             metrics=self.metrics,
             keep_seconds=86400,
             prune_logs=self.logs.prune,
+            moved=self.planner.wake if self.planner is not None else lambda: None,
             tick=0.1,
         )
         self.inbox = StoreInbox(self.store, "github", self.scheduler.wake)
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def _job(self, job_id: str) -> Job | None:
         return (await self.store.read(lambda db: q.jobs_by_id(db, [job_id]))).get(job_id)
@@ -214,14 +298,17 @@ class Service:
 
     async def start(self) -> None:
         await self.scheduler.start()
-        self._task = asyncio.create_task(self.scheduler.run())
+        self._tasks.append(asyncio.create_task(self.scheduler.run()))
+        if self.bakes is not None and self.planner is not None:
+            await self.bakes.start()
+            self._tasks += [asyncio.create_task(self.bakes.run()), asyncio.create_task(self.planner.run())]
 
     async def end(self) -> None:
         """After ``dead`` is set this is SIGKILL: every task ends, no effect gets through the gate."""
-        if self._task is not None:
-            self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
             with contextlib.suppress(BaseException):
-                await self._task
+                await task
         with contextlib.suppress(BaseException):
             await self.scheduler.stop()
         self.logs.end()
@@ -251,11 +338,63 @@ async def until(holds: Callable[[], object], seconds: float = 5.0) -> None:
 
 
 class Catalog:
-    def __init__(self, host: FakeHost) -> None:
+    def __init__(self, host: FakeHost, directory: Path) -> None:
         self._host = host
+        self._directory = directory
+        self._read: set[str] = set()
 
     def templates(self) -> list[Template]:
         return list(self._host.templates)
+
+    def parents(self) -> list[Parent]:
+        """What the fake bakes left behind is read as the real ones are: from files."""
+        for file in sorted(
+            (self._directory / "baked").glob("*.json"), key=lambda file: file.stat().st_mtime_ns
+        ):
+            if file.name not in self._read:
+                self._read.add(file.name)
+                made = msgspec.json.decode(file.read_bytes(), type=Made)
+                self._host.parents = [p for p in self._host.parents if p.name != made.name]
+                self._host.parents.append(parent(made.name, made.key, commit=made.commit, digest=made.digest))
+                self._host.snapshots.add(made.digest)
+        return list(self._host.parents)
+
+    def has(self, digest: str) -> bool:
+        return digest in self._host.snapshots
+
+    def withdrawn(self, name: str) -> frozenset[str]:
+        return self._host.withdrawn.get(name, frozenset())
+
+    def touch(self, digest: str) -> None:
+        self._host.touched.append(digest)
+
+    async def prune(self, *, budget_bytes: int | None, keep: int) -> None:
+        self._host.pruned.append((budget_bytes, keep))
+
+
+class Made(msgspec.Struct):
+    """What a fake bake left behind."""
+
+    name: str
+    digest: str
+    key: str
+    commit: str
+
+
+def parent(name: str, key: str, *, commit: str = "", digest: str = "", base: Template = TEMPLATE) -> Parent:
+    """A parent as the catalog shows it, of today's ``base``."""
+    repository, _, branch = name.partition("@")
+    machine = msgspec.structs.replace(base, name=name, digest=digest or f"digest of {name} {key}")
+    return Parent(
+        machine=machine, repository=repository, owner=repository.partition("/")[0], branch=branch, commit=commit,
+        key=key, base=base.name, base_digest=base.digest, created_at=time.time(),
+    )  # fmt: skip
+
+
+async def _origin(repository: Repository) -> Origin:
+    return Origin(
+        f"http://forge/{repository.name}.git", Credential(username="x-access-token", password=SECRET)
+    )
 
 
 class GatedStore(Store):
