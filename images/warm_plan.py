@@ -129,11 +129,14 @@ async def make_warm_plan(
             raise RecipeError(str(error), file=CONFIG, key="egress") from None
     with steps.step("key") as step:
         found = inventory(mirror.path, commit.sha)
+        # Of the template: what the repository wants of its own above that stands in ``config``. So the service, which
+        # knows no own base before it is baked, comes to the same key.
         key = dependency_key(
-            base_digest=base.digest,
-            runner=base.manifest.labels.get("runner.version"),
+            base_digest=template.digest,
+            runner=template.manifest.labels.get("runner.version"),
             inventory=found,
             config=config,
+            paths=recipe.paths,
         )
         step(f"{len(found.files)} lock and toolchain files at {commit.sha[:12]}: key {key[:12]}")
     digest = hashlib.sha256(config or b"").hexdigest()
