@@ -137,7 +137,8 @@ def pip_conf(index: PipIndex | None, *, local_ca: bool) -> bytes:
 def npmrc(registry: str, *, local_ca: bool) -> bytes:
     """npm's global configuration for a guest: the host's registry, and the system's CA bundle where the host
     has CAs of its own. Tokens of the host's npmrc stay on the host."""
-    lines = [f"registry={registry}", "update-notifier=false"]
+    # A guest may be slow to read what comes: a connection that is reset is tried again, more often than by default.
+    lines = [f"registry={registry}", "update-notifier=false", "fetch-retries=5"]
     if local_ca:
         lines.append("cafile=/etc/ssl/certs/ca-certificates.crt")
     return "\n".join(lines).encode() + b"\n"

@@ -150,7 +150,7 @@ class Forgetting:
         if not os.path.isfile(path) or os.path.islink(path):
             return
         listed = _git("config", "--file", path, "--null", "--list")
-        before = len(self.removed)
+        before, owner = len(self.removed), os.stat(path)
         with open(path, "rb") as file:
             original = file.read()
         for entry in listed.split(b"\0"):
@@ -165,7 +165,8 @@ class Forgetting:
                 )
                 self.removed.append(f"{path}: the password in {name}")
         if len(self.removed) > before:
-            # git wrote another file in its place; the old one's blocks are free now, and are discarded below.
+            # git wrote another file in its place, as root; the old one's blocks are free, and discarded below.
+            os.chown(path, owner.st_uid, owner.st_gid)
             with open(path, "rb") as file:
                 changed = file.read()
             if changed == original or any(_GIT_KEYS.match(n) for n in _git_names(path)):
