@@ -1,6 +1,7 @@
 """Forks beside the floor: what every suite of the bench measures with."""
 
 import asyncio
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from vmm_core.machine import Snapshot, VmUsage
 
 AT_ONCE = 8
 MIB = 1 << 20
+_LOOKS, _LOOK_SECONDS, _REST_SECONDS = 4, 0.15, 60.0
 Tick = Callable[[str], None]
 
 
@@ -22,6 +24,20 @@ def percentile(values: Sequence[float], percent: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+async def at_rest(engine: Engine) -> tuple[int, int]:
+    """How many files this process has open and how many bytes its pool has free, once neither changes any more.
+
+    What an engine prepares and takes back, slots and cells, goes on in the background, as do removals in the pool.
+    """
+    found, same = (0, 0), 0
+    async with asyncio.timeout(_REST_SECONDS):
+        while same < _LOOKS:
+            await asyncio.sleep(_LOOK_SECONDS)
+            now = len(os.listdir("/proc/self/fd")), engine.pool.free_bytes()
+            found, same = now, same + 1 if now == found else 0
+    return found
 
 
 async def measure_forks(engine: Engine, parent: Snapshot, count: int, tick: Tick) -> dict[str, float]:
@@ -60,6 +76,7 @@ async def measure_forks_at_once(
     usages: list[VmUsage] = []
     try:
         for _ in range(rounds):
+            await at_rest(engine)
             async with AsyncExitStack() as forks:
                 started = time.perf_counter()
                 vms = await asyncio.gather(
@@ -67,6 +84,7 @@ async def measure_forks_at_once(
                 )
                 ours.append((time.perf_counter() - started) * 1e3)
                 usages = [await vm.usage() for vm in vms]
+            await at_rest(engine)  # what ours leaves to be taken back must not weigh on the floor
             theirs.append(await asyncio.to_thread(floor.restore_at_once_ms, AT_ONCE))
             tick("eight at once beside the floor")
     finally:
