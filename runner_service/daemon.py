@@ -28,7 +28,6 @@ from github_webhook.app_auth import AppAuth, TokenAuth
 from github_webhook.github import GitHub
 from github_webhook.receiver import receiver
 from github_webhook.rest import api_base_url
-from images.warm_plan import Permitted
 from runner_service import github_forge, telemetry, views
 from runner_service.api import Api, Check, Readiness
 from runner_service.bake_plan import Planner
@@ -44,7 +43,7 @@ from runner_service.flow import Flow
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
 from runner_service.ports import Forge
-from runner_service.repositories import Mirrors, OriginOf
+from runner_service.repositories import Mirrors, OriginOf, permitted_by
 from runner_service.scheduler import Scheduler
 from runner_service.settings import GitHubSettings, Settings, SettingsError, read_secret, webhook_secrets
 from runner_service.store import queries as q
@@ -405,12 +404,7 @@ def _mirrors(settings: Settings, origin: OriginOf) -> Mirrors:
     return Mirrors(
         settings.data_dir / "cache" / "mirrors",
         origin=origin,
-        permitted=Permitted(
-            egress=bakes.repository_egress,
-            vcpus=bakes.most_vcpus,
-            memory_mib=bakes.most_memory_mib,
-            disk_mib=bakes.most_disk_mib,
-        ),
+        permitted=permitted_by(bakes),
         keep=bakes.mirrors,
         most_mib=bakes.mirror_mib,
         timeout=bakes.look_limit_s,

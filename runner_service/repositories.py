@@ -20,6 +20,7 @@ from images.repository import RepositoryRecipe
 from images.warm_plan import Permitted, read_recipe
 from runner_service.domain import Repository
 from runner_service.ports import CannotLookError, Look
+from runner_service.settings import Bakes
 
 T = TypeVar("T")
 BRANCHES_WATCHED = 20
@@ -31,6 +32,16 @@ class Origin(msgspec.Struct, frozen=True):
 
     url: str
     credential: Credential | None = None
+
+
+def permitted_by(bakes: Bakes) -> Permitted:
+    """What the operator's settings let a repository's ``.microvm.yml`` ask for."""
+    return Permitted(
+        egress=bakes.repository_egress,
+        vcpus=bakes.most_vcpus,
+        memory_mib=bakes.most_memory_mib,
+        disk_mib=bakes.most_disk_mib,
+    )
 
 
 OriginOf = Callable[[Repository], Awaitable[Origin]]

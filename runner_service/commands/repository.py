@@ -10,9 +10,10 @@ import msgspec
 from images.errors import BakeFailed, ImageError
 from images.mirror import Credential
 from images.warm import WarmBaked, bake_repository
-from images.warm_plan import Permitted, Request, check_repository
+from images.warm_plan import Request, check_repository
 from runner_service.commands import show
 from runner_service.commands.progress import Progress
+from runner_service.repositories import permitted_by
 from runner_service.settings import Settings
 from vmm_core.engine import Engine
 from vmm_core.errors import VmmError
@@ -43,7 +44,7 @@ async def bake(settings: Settings, wish: Wish, *, as_json: bool) -> int:
         ref=wish.ref,
         branch=wish.branch,
         credential=_read_credential() if wish.credential_stdin else None,
-        permitted=Permitted(),
+        permitted=permitted_by(settings.bakes),
     )
     try:
         with Progress() as tell:
