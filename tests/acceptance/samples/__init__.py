@@ -8,7 +8,8 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _WORKFLOWS = Path(__file__).parents[3] / "workflows"
-NAMES = ("python", "node")
+_WORKFLOW = {"python": "github-python-locked.yml", "node": "github-node.yml"}
+NAMES = tuple(_WORKFLOW)
 
 
 def sample(name: str) -> Mapping[str, str]:
@@ -17,4 +18,4 @@ def sample(name: str) -> Mapping[str, str]:
     files = {
         str(path.relative_to(root)): path.read_text() for path in sorted(root.rglob("*")) if path.is_file()
     }
-    return files | {".github/workflows/ci.yml": (_WORKFLOWS / f"github-{name}.yml").read_text()}
+    return files | {".github/workflows/ci.yml": (_WORKFLOWS / _WORKFLOW[name]).read_text()}
