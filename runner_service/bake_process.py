@@ -11,6 +11,7 @@ stops. Should the service be killed, the kernel tells it to end; what survives t
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,7 @@ class _Refusal(msgspec.Struct):
     output: tuple[str, ...] = ()
 
 
+_STEP = re.compile(rb"([a-z][a-z0-9 ._-]{0,79}): ")
 # What a repository says wrongly stays wrong until it says otherwise.
 _FINAL = frozenset({"recipe_invalid", "bad_request", "wrong_use"})
 
@@ -147,9 +149,9 @@ class BakeProcess:
         assert stderr is not None, "it was started with a pipe"  # noqa: S101
         while piece := await stderr.read(_LINE_BYTES):
             self._log.append(Output("stderr", self._log.offsets["stderr"], piece))
-            step, colon, _ = piece.rstrip().rpartition(b"\n")[2].partition(b":")
-            if colon and len(step) <= 80:
-                self._step = step.decode(errors="replace")
+            told = _STEP.match(piece.rstrip().rpartition(b"\n")[2])
+            if told is not None:
+                self._step = told[1].decode()
 
     def _read(self, code: int, answer: bytes) -> Baked | Failed:
         if code == 0:

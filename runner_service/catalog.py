@@ -45,7 +45,7 @@ class EngineCatalog:
         for parent in self._parents:
             machine = parent.machine
             # Until there are forks of its own to learn from: as much as forks of its base.
-            own = learned.need_mib(parent.name, _UNKNOWN_MIB)
+            own = learned.need_mib(parent.repository, _UNKNOWN_MIB)
             need = (
                 min(own, machine.need_mib)
                 if own != _UNKNOWN_MIB

@@ -59,15 +59,18 @@ def of_repository(owner: str, repo: str, parents: Iterable[Parent]) -> list[Pare
 
 
 def asks(job: Job, found: Sequence[Parent], default_branch: str | None) -> frozenset[Literal["own", "key"]]:
-    """Which facts could change the choice among ``found``; none when there is only one way to choose."""
-    if not found or (len(found) == 1 and found[0].branch == default_branch):
-        return frozenset()
-    if job.head_branch == default_branch and len({p.key for p in found}) == 1:
-        return frozenset()
-    wanted: set[Literal["own", "key"]] = {"own"}
-    if len({p.key for p in found}) > 1:
-        wanted.add("key")
-    return frozenset(wanted)
+    """Which facts could change the choice among ``found``: none when it is the same whatever they are."""
+
+    def parent(own: bool | None, key: str | None = None) -> Parent | None:
+        keys = frozenset({key} if key is not None else ())
+        facts = Facts(default_branch=default_branch, own=own, keys=keys)
+        return _pick(job, found, facts)[0]
+
+    fallback = parent(own=True)
+    by_key = {p.key for p in found if parent(True, p.key) is not fallback}
+    if by_key:
+        return frozenset({"own", "key"})
+    return frozenset({"own"}) if fallback is not parent(own=None) else frozenset()
 
 
 def choose(job: Job, base: str, parents: Iterable[Parent], facts: Facts) -> Choice:
@@ -76,49 +79,33 @@ def choose(job: Job, base: str, parents: Iterable[Parent], facts: Facts) -> Choi
         return Choice(
             None, "shared_scope", f"template {base}: its runner may be taken by any job of {job.scope_path}"
         )
-    found = candidates(job, base, parents)
+    parent, code = _pick(job, candidates(job, base, parents), facts)
+    if parent is None:
+        return Choice(None, "none", f"no parent yet: template {base}{_why(facts) or _next(facts)}")
+    commit = f"commit {job.head_sha[:12]}"
+    if code == "exact":
+        why = f"exact key of {commit}"
+    elif parent.branch == job.head_branch and facts.own is not False:
+        why = f"newest parent of its branch{_why(facts)}"
+    elif facts.own:
+        why = f"fallback: default branch's parent{_why(facts)}"
+    else:
+        where = "is not known to be on a branch" if facts.own is None else f"is not on the branch '{job.head_branch}'"
+        why = f"default branch's parent: {commit} {where} of the repository itself"
+    return Choice(parent, code, f"{parent.name} {parent.digest[:12]}: {why}")
+
+
+def _pick(job: Job, found: Sequence[Parent], facts: Facts) -> tuple[Parent | None, Reason]:
     default = next((p for p in found if p.branch == facts.default_branch), None)
-    if not facts.own:
-        return _not_own(job, default, facts) or _none(base, facts)
-    exact = [p for p in found if p.key in facts.keys]
+    # A commit that is not known to be the repository's own may have the default branch's at most.
+    allowed = found if facts.own else [p for p in found if p is default]
+    exact = [p for p in allowed if p.key in facts.keys]
     if exact:
-        best = max(exact, key=lambda p: (p.branch == job.head_branch, p is default, p.created_at, p.name))
-        return _exact(job, best)
-    branch = next((p for p in found if p.branch == job.head_branch), None)
+        return max(exact, key=lambda p: (p.branch == job.head_branch, p is default, p.created_at, p.name)), "exact"
+    branch = next((p for p in allowed if p.branch == job.head_branch and p is not default), None)
     if branch is not None:
-        return _of_branch(branch, facts)
-    if default is not None:
-        reason = f"{_shown(default)}: fallback: default branch's parent{_why(facts)}"
-        return Choice(default, "default_branch", reason)
-    return _none(base, facts)
-
-
-def _not_own(job: Job, default: Parent | None, facts: Facts) -> Choice | None:
-    """For a commit that is not, or is not known to be, of the repository itself: the default branch's at most."""
-    if default is None:
-        return None
-    if default.key in facts.keys:
-        return _exact(job, default)
-    if facts.own is None and job.head_branch == default.branch:
-        return _of_branch(default, facts)
-    where = (
-        "is not known to be on a branch" if facts.own is None else f"is not on the branch '{job.head_branch}'"
-    )
-    reason = f"{_shown(default)}: default branch's parent: commit {job.head_sha[:12]} {where} of the repository itself"
-    return Choice(default, "default_branch", reason)
-
-
-def _exact(job: Job, parent: Parent) -> Choice:
-    return Choice(parent, "exact", f"{_shown(parent)}: exact key of commit {job.head_sha[:12]}")
-
-
-def _of_branch(parent: Parent, facts: Facts) -> Choice:
-    code: Reason = "default_branch" if parent.branch == facts.default_branch else "branch"
-    return Choice(parent, code, f"{_shown(parent)}: newest parent of its branch{_why(facts)}")
-
-
-def _none(base: str, facts: Facts) -> Choice:
-    return Choice(None, "none", f"no parent yet: template {base}{_why(facts) or _next(facts)}")
+        return branch, "branch"
+    return (default, "default_branch") if default is not None else (None, "none")
 
 
 def labels_asked(owner: str, repo: str, parents: Iterable[Parent]) -> dict[str, str]:
@@ -153,6 +140,3 @@ def _next(facts: Facts) -> str:
         return "; the repository is being looked at, then a bake is queued"
     return ""
 
-
-def _shown(parent: Parent) -> str:
-    return f"{parent.name} {parent.digest[:12]}"

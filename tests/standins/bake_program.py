@@ -57,5 +57,13 @@ def main() -> int:
     return order.get("exit", 0)
 
 
+def runs(pid: int) -> bool:
+    """Whether the process has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,6 +30,8 @@ class ForgeJob(msgspec.Struct):
     runs: int = 0
     seconds: float = 0.01
     output: bytes = b"hello from the job\n"
+    head_sha: str = ""
+    head_branch: str = ""
 
 
 class ForgeRunner(msgspec.Struct):
@@ -87,6 +89,8 @@ class FakeForge:
             labels=job.labels,
             seen_at=time.time(),
             name=f"job {job.id}",
+            head_sha=job.head_sha,
+            head_branch=job.head_branch,
             conclusion=job.conclusion if told == "completed" else None,
             runner_name=job.runner if told in ("in_progress", "completed") else None,
         )

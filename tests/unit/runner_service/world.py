@@ -105,12 +105,7 @@ class World:
     async def push(self, repo: str, branch: str, commit: str, key: str) -> None:
         """Somebody pushed: the forge has the commit, and tells of it."""
         self.repositories.push(repo, branch, commit, key)
-        keys = {
-            one: key_on(self.host.templates[0].digest, words)
-            for found in self.repositories.repos.values()
-            for one, words in found.commits.items()
-        }
-        (self.directory / "keys.json").write_bytes(msgspec.json.encode(keys))
+        self.write_keys()
         owner, _, name = repo.partition("/")
         self.outbox.append(
             Push(
@@ -120,6 +115,27 @@ class World:
         )  # fmt: skip
         if self.deliver_now:
             await self.flush()
+
+    def write_keys(self) -> None:
+        """Let the bakes know the key of each commit, which the real ones compute."""
+        keys = {
+            one: key_on(self.host.templates[0].digest, words)
+            for found in self.repositories.repos.values()
+            for one, words in found.commits.items()
+        }
+        (self.directory / "keys.json").write_bytes(msgspec.json.encode(keys))
+
+    def repository(self, name: str, default_branch: str) -> Repository:
+        """The row of a repository that was heard of."""
+        owner, _, repo = name.partition("/")
+        return Repository(
+            forge="github",
+            name=name,
+            owner=owner,
+            repo=repo,
+            seen_at=time.time(),
+            default_branch=default_branch,
+        )
 
     async def flush(self) -> None:
         """Give what is in the outbox to a living service; what was not accepted is sent again later."""
@@ -244,7 +260,7 @@ class Service:
             repositories=world.repositories if world.bakes is not None else None,
             limit=(world.bakes or BAKES).choice_limit_s,
         )
-        flow = Flow(
+        flow = self.flow = Flow(
             hypervisor=self.engine,
             forges=forges,
             catalog=catalog,
@@ -355,7 +371,15 @@ class Catalog:
                 self._read.add(file.name)
                 made = msgspec.json.decode(file.read_bytes(), type=Made)
                 self._host.parents = [p for p in self._host.parents if p.name != made.name]
-                self._host.parents.append(parent(made.name, made.key, commit=made.commit, digest=made.digest))
+                self._host.parents.append(
+                    parent(
+                        made.name,
+                        made.key,
+                        commit=made.commit,
+                        digest=made.digest,
+                        base=self._host.templates[0],
+                    )
+                )
                 self._host.snapshots.add(made.digest)
         return list(self._host.parents)
 
