@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import msgspec
 
-from vmm_core.disk import clone_file, data_extents, write_back
+from vmm_core.disk import clone_file, copy_exactly, data_extents, write_back
 from vmm_core.drivers.base import DISK, MEMORY, STATE, SUMS
 from vmm_core.errors import PoolFull, VmDied, VmmError
 from vmm_core.guest_memory import Copy, GuestMemory
@@ -88,17 +88,21 @@ async def capture(
     threads: Threads,
     *,
     into: Image | None,
+    exact: bool,
     run_on: bool,
     require: Callable[[int], Awaitable[None]],
 ) -> Captured:
     """Capture ``vm``; its devices and disk go to ``draft``. Not to be cancelled: the machine would stand still.
 
-    The memory is one to run from or, ``into`` a clone of that image, a file of the draft. ``require`` is told
+    The memory is one to run from or, ``into`` a clone of that image, a file of the draft, which takes no more than it
+    needs of the pool (``exact``) or is written quickly. ``require`` is told
     beforehand how many MiB it takes. Raises what that raises, PoolFull, VmDied, VmmProtocolError; the machine runs on.
     """
     disk = vm.directory / DISK
     with GuestMemory.of(vm.record.pid, vm.record.machine.memory_mib << 20) as guest:
-        image = None if into is None or guest.shared else await threads.urgent(lambda: _clone(into, draft))
+        image = (
+            None if into is None or guest.shared else await threads.urgent(lambda: _clone(into, draft, exact))
+        )
         with contextlib.closing(Copy(guest, image)) as copy:
             if image is None:
                 shared = os.fstat(guest.file).st_blocks * 512
@@ -150,13 +154,15 @@ def write_image(captured: Captured, base: Image | None, directory: Path) -> None
     ranges = captured.private
     with pool_full("its memory"):
         if base is not None:
-            clone_file(base.path, image)
+            fd = _clone(base, directory, exact=True)
         else:
-            image.touch(0o600)
+            fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             ranges = data_extents(captured.memory, captured.size)
-        with image.open("r+b", buffering=0) as file:
-            file.truncate(captured.size)
-            write_ranges(captured.memory, ranges, file.fileno())
+        try:
+            os.ftruncate(fd, captured.size)
+            write_ranges(captured.memory, ranges, fd)
+        finally:
+            os.close(fd)
 
 
 def write_sums(captured: Captured, base: Image | None, directory: Path) -> None:
@@ -190,9 +196,12 @@ def pool_full(what: str) -> Generator[None]:
         raise
 
 
-def _clone(base: Image, draft: Path) -> int:
+def _clone(base: Image, draft: Path, exact: bool) -> int:
     clone_file(base.path, draft / MEMORY)
-    return os.open(draft / MEMORY, os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(draft / MEMORY, os.O_RDWR | os.O_CLOEXEC)
+    if exact:
+        copy_exactly(fd)
+    return fd
 
 
 def _write_back(disk: Path) -> None:

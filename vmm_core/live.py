@@ -144,7 +144,9 @@ class Live:
         digest = _new_digest()
         async with self._turn(vm):
             with self._snapshots.draft() as draft:
-                captured = await capture(vm, draft, self._threads, into=None, run_on=True, require=require)
+                captured = await capture(
+                    vm, draft, self._threads, into=None, exact=True, run_on=True, require=require
+                )
                 try:
                     path, held = self._snapshots.place(draft, digest)
                 except BaseException:
@@ -247,14 +249,20 @@ class Live:
         now = time.time()
         frozen = Frozen(digest=_new_digest(), record=vm.record, frozen_at=now, expires_at=now + ttl)
         async with self._turn(vm):
-            await self._stop(vm, frozen.digest, lambda saved: msgspec.structs.replace(saved, frozen=frozen))
+
+            def finish(saved: Manifest) -> Manifest:
+                return msgspec.structs.replace(saved, frozen=frozen)
+
+            await self._stop(vm, frozen.digest, finish, exact=False)
             vm.end_as(VmExit(kind="frozen", cause="frozen", reason=f"frozen as {frozen.digest[:12]}"))
             await vm.destroy()
         self.frozen.watch_time()
         return frozen
 
-    async def _stop(self, vm: RunningVm, digest: str, finish: Callable[[Manifest], Manifest]) -> Snapshot:
-        """Stop ``vm`` into the snapshot ``digest``, durably; ``finish`` completes its manifest.
+    async def _stop(
+        self, vm: RunningVm, digest: str, finish: Callable[[Manifest], Manifest], *, exact: bool = True
+    ) -> Snapshot:
+        """Stop ``vm`` into the snapshot ``digest``, durably; ``finish`` completes its manifest. ``exact``: see capture.
 
         When this raises the machine runs on. To be called in its turn, and not to be cancelled.
         """
@@ -266,7 +274,9 @@ class Live:
             return self._require(vm.record.machine, memory_mib)
 
         with self._snapshots.draft() as draft:
-            captured = await capture(vm, draft, self._threads, into=image, run_on=False, require=require)
+            captured = await capture(
+                vm, draft, self._threads, into=image, exact=exact, run_on=False, require=require
+            )
             try:
                 self._pool.require_room(captured.private_bytes)
 

@@ -132,7 +132,8 @@ async def test_a_child_costs_what_it_wrote_and_not_what_it_freed_or_wrote_as_it_
         engine,
         base,
         "cd /dev/shm; cat same > copy; dd if=copy of=same bs=1M conv=notrunc 2>&1; "
-        "dd if=/dev/zero of=copy bs=1M count=6 conv=notrunc 2>&1; rm copy; dd if=/dev/urandom of=kept bs=1M count=10 2>&1;"
+        "dd if=/dev/zero of=copy bs=1M count=6 conv=notrunc 2>&1; rm copy;"
+        "dd if=/dev/urandom of=kept bs=1M count=10 2>&1;"
         "tr '\\0' x < /dev/zero | dd of=gone bs=1M count=30 iflag=fullblock 2>&1;"
         "dd if=/dev/zero of=gone bs=1M count=30 conv=notrunc 2>&1; rm gone;"
         "dd if=/dev/urandom of=/home/runner/kept bs=1M count=8 2>&1; sync",
