@@ -241,6 +241,7 @@ def _explain(url: str, doing: str, error: BuildFailed, credential: Credential | 
     """What git said, as the failure it is; a server's words without control characters or our password."""
     secret = credential.password if credential else ""
     lines = ["".join(char if char.isprintable() else "?" for char in line) for line in error.output]
+    lines = [line for line in lines if not re.search(r"\d+% \(", line)]  # progress
     lines = [line.replace(secret, "…") if secret else line for line in lines]
     text = "\n".join(lines).lower()
     for pattern, kind, meaning in _MEANINGS:

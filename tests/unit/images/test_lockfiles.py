@@ -1,6 +1,6 @@
 """Equal keys mean equal dependencies: nothing else of a repository changes a key, and nothing of that escapes it."""
 
-import time
+import resource
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -324,12 +324,18 @@ def test_twenty_thousand_files_take_a_moment(origin):
     files = {f"src/package{n // 100}/module{n}.py": str(n) for n in range(19_900)}
     files |= {f"apps/app{n}/package-lock.json": f"{n}\n" + "x" * 20_000 for n in range(100)}
     commit = origin.commit(files)
-    times = []
+    times: list[float] = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = processor_seconds()
         key(inventory(origin.path, commit))
-        times.append(time.perf_counter() - started)
+        times.append(processor_seconds() - before)
     assert min(times) < 0.3, times
+
+
+def processor_seconds() -> float:
+    """Of ours and of git: on a busy machine the clock on the wall tells of others."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def test_the_table_names_each_file_once():
