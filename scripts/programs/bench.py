@@ -20,13 +20,13 @@ from rich.table import Table
 
 from images.errors import ImageError
 from images.events import BakeEvent
-from scripts.programs import bench_engine, bench_fork
+from scripts.programs import bench_engine, bench_fork, bench_warm
 from scripts.programs.stage import Stage, StageError
 from vmm_core.engine import Engine
 from vmm_core.errors import VmmError
 
 # Each has ``measure(engine, parent, progress, quick=…)`` and LIMITS.
-SUITES: dict[str, ModuleType] = {"fork": bench_fork, "engine": bench_engine}
+SUITES: dict[str, ModuleType] = {"fork": bench_fork, "engine": bench_engine, "warm": bench_warm}
 
 
 async def run(data_dir: Path, suite: ModuleType, console: Console, *, quick: bool) -> dict[str, float]:
@@ -47,9 +47,13 @@ def show(figures: dict[str, float], suite: ModuleType, console: Console) -> None
     table = Table("figure", "measured", "asked for", title="microvm bench")
     for key, value in figures.items():
         wanted, limit = suite.LIMITS.get(key, ("", None))
-        met = "" if limit is None else " ✓" if value <= limit(figures) else " ✗"
+        met = "" if limit is None else " ✓" if _met(value, wanted, limit(figures)) else " ✗"
         table.add_row(key, f"{value:.2f}", f"{wanted}{met}")
     console.print(table)
+
+
+def _met(value: float, wanted: str, limit: float) -> bool:
+    return value >= limit if wanted.startswith("≥") else value <= limit
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -144,11 +144,13 @@ class Stage:
         max_vms: int = 8,
         files: Mapping[str, str] = FILES,
         limits: Mapping[str, float] = MappingProxyType({}),
+        bakes: Mapping[str, float] | None = None,
         times: Times | None = None,
-    ) -> AsyncIterator["Stage"]:
+    ) -> AsyncGenerator["Stage"]:
         """Start the forge and the service; at the end both are stopped and no VM of the service is left.
 
-        ``files`` are the repository's; ``limits`` go into [runners] of the settings; ``times`` are the forge's.
+        ``files`` are the repository's; ``limits`` go into [runners] of the settings, ``bakes`` into [bakes] (None:
+        none are made); ``times`` are the forge's.
         """
         async with contextlib.AsyncExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microvm-stage-")))
@@ -164,8 +166,9 @@ class Stage:
                 )
             )
             await forge.add_repository(await make_repository(work, files), owner=OWNER, name=REPOSITORY)
-            settings = {"max_vms": max_vms, "reap_every_s": _REAP_SECONDS, **limits}
-            config = _write_config(work, engine.data_dir, port, forge, secret, settings)
+            runners = {"max_vms": max_vms, "reap_every_s": _REAP_SECONDS, **limits}
+            warm = {"enabled": False} if bakes is None else {"enabled": True, **bakes}
+            config = _write_config(work, engine.data_dir, port, forge, secret, runners, warm)
             log = work / "service.log"
             stage = cls(forge, await _start(config, log), url, config, log)
             stack.push_async_callback(_end_vms, engine)
@@ -173,6 +176,11 @@ class Stage:
             stack.push_async_callback(stage.http.aclose)
             await stage._ready()
             yield stage
+
+    @property
+    def server(self) -> str:
+        """The forge as jobs see it."""
+        return f"http://{FORGE_HOST}:{self.forge.port}"
 
     async def kill(self) -> None:
         """End the service as a crash would: SIGKILL, at whatever it is doing."""
@@ -265,7 +273,8 @@ def _write_config(
     port: int,
     forge: StandinGitHub,
     secret: str,
-    settings: Mapping[str, float],
+    runners: Mapping[str, float],
+    bakes: Mapping[str, float],
 ) -> Path:
     for name, value in (("webhook.secret", secret), ("forge.token", forge.token)):
         path = work / name
@@ -283,21 +292,32 @@ def _write_config(
 
             [github]
             base_url = "{forge.url}"
+            server_url = "http://{FORGE_HOST}:{forge.port}"
             token_file = "{work}/forge.token"
             webhook_secret_files = ["{work}/webhook.secret"]
 
             [runners]
             default_template = "{TEMPLATE}"
-            # limits
+            # runners
 
             [[runners.egress]]
             host = "{FORGE_HOST}"
             port = {forge.port}
             via = "127.0.0.1:{forge.port}"
+
+            [bakes]
+            # bakes
             """
-        ).replace("# limits", "\n".join(f"{key} = {value}" for key, value in settings.items()))
+        )
+        .replace("# runners", _lines(runners))
+        .replace("# bakes", _lines(bakes))
     )
     return config
+
+
+def _lines(values: Mapping[str, float]) -> str:
+    """The keys of one table of TOML."""
+    return "\n".join(f"{key} = {str(value).lower()}" for key, value in values.items())
 
 
 async def _start(config: Path, log: Path) -> asyncio.subprocess.Process:
