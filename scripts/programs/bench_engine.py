@@ -193,7 +193,9 @@ async def measure_soak(engine: Engine, parent: Snapshot, plan: Plan, tick: Tick)
         namespaces = len(list(Path("/run/netns").glob("*"))) if Path("/run/netns").is_dir() else 0
         return files, threading.active_count(), namespaces, _rss_mib(), free
 
-    for _ in range(max(6, plan.cycles // 10)):  # until caches and pools are as full as they get, that of the loop's threads as well
+    for _ in range(
+        max(6, plan.cycles // 10)
+    ):  # until caches and pools are as full as they get, that of the loop's threads as well
         await asyncio.gather(*(cycle() for _ in range(3)))
     await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.05) for _ in range(32)))
     before = await look()
