@@ -26,16 +26,16 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-async def at_rest(engine: Engine) -> tuple[int, int]:
-    """How many files this process has open and how many bytes its pool has free, once neither changes any more.
+async def at_rest() -> int:
+    """How many files this process has open, once their number no longer changes.
 
-    What an engine prepares and takes back, slots and cells, goes on in the background, as do removals in the pool.
+    What an engine prepares and takes back, slots and cells, goes on in the background.
     """
-    found, same = (0, 0), 0
+    found = same = 0
     async with asyncio.timeout(_REST_SECONDS):
         while same < _LOOKS:
             await asyncio.sleep(_LOOK_SECONDS)
-            now = len(os.listdir("/proc/self/fd")), engine.pool.free_bytes()
+            now = len(os.listdir("/proc/self/fd"))
             found, same = now, same + 1 if now == found else 0
     return found
 
@@ -76,7 +76,7 @@ async def measure_forks_at_once(
     usages: list[VmUsage] = []
     try:
         for _ in range(rounds):
-            await at_rest(engine)
+            await at_rest()
             async with AsyncExitStack() as forks:
                 started = time.perf_counter()
                 vms = await asyncio.gather(
@@ -84,7 +84,7 @@ async def measure_forks_at_once(
                 )
                 ours.append((time.perf_counter() - started) * 1e3)
                 usages = [await vm.usage() for vm in vms]
-            await at_rest(engine)  # what ours leaves to be taken back must not weigh on the floor
+            await at_rest()  # what ours leaves to be taken back must not weigh on the floor
             theirs.append(await asyncio.to_thread(floor.restore_at_once_ms, AT_ONCE))
             tick("eight at once beside the floor")
     finally:
