@@ -9,12 +9,13 @@ from typing import Any
 import httpx
 import pytest
 
-from github_webhook.app_auth import AppAuth, Scope
+from github_webhook.app_auth import AppAuth, Scope, TokenAuth
 from github_webhook.deliveries import Deliveries
-from github_webhook.errors import Conflict, Forbidden, NotFound, Unavailable
+from github_webhook.errors import Conflict, Forbidden, NotFound, Unavailable, Unprocessable
 from github_webhook.github import GitHub
+from github_webhook.rest import clone_url
 from tests.standins.github_official import openapi
-from tests.standins.github_world import LABELS, OWNER, REPO, SCOPE, ForgeWorld, forge_world
+from tests.standins.github_world import LABELS, OWNER, REPO, SCOPE, ForgeWorld, forge_world, make_repository
 from tests.standins.openapi import CheckedTransport, OpenApi
 
 pytestmark = pytest.mark.anyio
@@ -84,6 +85,56 @@ async def test_as_an_app(world: World) -> None:
     with pytest.raises(NotFound):
         await github.find_runner(Scope.organization("elsewhere"), "r1")
     assert any("access_tokens 201" in call for call in world.checked.checked)
+
+
+async def test_a_credential_to_clone_is_for_one_repository_and_for_reading_only(world: World) -> None:
+    app = world.forge.add_app(OWNER)
+    auth = AppAuth(
+        client_id=app.client_id,
+        private_key_pem=app.private_key_pem,
+        http=world.http,
+        base_url=world.forge.url,
+    )
+    credential = await auth.clone_credential(OWNER, REPO)
+    token = world.forge.rest.tokens[credential.password]
+    assert token.permissions == {"contents": "read"} and token.repositories == frozenset({REPO})
+    assert credential.username == "x-access-token" and credential.password not in repr(credential)
+    assert await auth.clone_credential(OWNER, REPO.upper()) == credential  # for as long as it is good
+    await world.forge.add_repository(make_repository(world.tmp / "other"), owner=OWNER)
+
+    async def fetched(repo: str) -> int:
+        url = f"{clone_url(world.forge.url, OWNER, repo)}/info/refs?service=git-upload-pack"
+        async with httpx.AsyncClient(trust_env=False) as git:
+            return (await git.get(url, auth=(credential.username, credential.password))).status_code
+
+    # It opens nothing else: no other repository, no registration.
+    assert [await fetched(REPO), await fetched("other")] == [200, 401]
+    with pytest.raises(Forbidden):
+        await GitHub(
+            auth=TokenAuth(credential.password), http=world.http, base_url=world.forge.url
+        ).find_runner(SCOPE, "r")
+    with pytest.raises(Unprocessable):
+        await auth.clone_credential(OWNER, "no-such-repository")
+    # The installation's own token is another one.
+    assert (await auth.headers(SCOPE))["authorization"] != f"Bearer {credential.password}"
+
+
+async def test_a_personal_token_clones_as_it_is() -> None:
+    credential = await TokenAuth("ghp_x").clone_credential(OWNER, REPO)
+    assert (credential.username, credential.password) == ("x-access-token", "ghp_x")
+
+
+@pytest.mark.parametrize(
+    ("api", "url"),
+    [
+        ("https://api.github.com", "https://github.com/o/r.git"),
+        ("https://api.x.ghe.com", "https://x.ghe.com/o/r.git"),
+        ("https://ghe.example/api/v3", "https://ghe.example/o/r.git"),
+        ("http://127.0.0.1:1234", "http://127.0.0.1:1234/o/r.git"),
+    ],
+)
+def test_where_repositories_are_cloned_from(api: str, url: str) -> None:
+    assert clone_url(api, "o", "r") == url
 
 
 async def test_under_the_address_of_an_enterprise_server(tmp_path: Path, documents: list[OpenApi]) -> None:

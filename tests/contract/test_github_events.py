@@ -11,10 +11,10 @@ import uvicorn
 from jsonschema import Draft7Validator
 from litestar import Litestar
 
-from github_webhook.events import PingEvent, WorkflowJobEvent, parse
+from github_webhook.events import PingEvent, PushEvent, WorkflowJobEvent, parse
 from github_webhook.receiver import Delivery, StoreResult, receiver
 from tests.standins.github_official import webhook_examples, webhook_schema
-from tests.standins.github_world import OWNER, REPO, ForgeWorld, forge_world
+from tests.standins.github_world import OWNER, REPO, ForgeWorld, forge_world, git
 
 pytestmark = pytest.mark.anyio
 
@@ -109,6 +109,29 @@ async def test_the_life_of_jobs_in_events(world: ForgeWorld, inbox: Inbox) -> No
     assert isinstance(started[0], WorkflowJobEvent)
     assert started[0].runner_name == f"r{test.id}" and started[0].environment is None
     assert isinstance(started[1], WorkflowJobEvent) and started[1].environment == "production"
+
+
+async def test_pushes_are_told_as_the_schema_says(world: ForgeWorld, inbox: Inbox) -> None:
+    directory = world.tmp / REPO
+    first = git(directory, "rev-parse", "HEAD")
+    git(directory, "commit", "-q", "--allow-empty", "-m", "Second")
+    second = git(directory, "rev-parse", "HEAD")
+    git(directory, "branch", "feature/x", first)
+    await world.forge.push(OWNER, REPO)
+    await world.forge.push(OWNER, REPO, "feature/x")
+    git(directory, "branch", "-D", "feature/x")
+    await world.forge.push(OWNER, REPO, "feature/x", before=first)
+    await world.forge.webhooks.settled()
+    for row in inbox.rows:
+        check("push$event", json.loads(row.payload))
+    events = [parse(row.event, row.payload) for row in inbox.rows]
+    assert [
+        (e.ref, e.before, e.after, e.deleted, e.on_default_branch) for e in events if isinstance(e, PushEvent)
+    ] == [
+        ("refs/heads/main", first, second, False, True),
+        ("refs/heads/feature/x", "0" * 40, first, False, False),
+        ("refs/heads/feature/x", first, "0" * 40, True, False),
+    ]
 
 
 def test_the_official_examples_fit_the_official_schemas() -> None:

@@ -166,6 +166,32 @@ class StandinGitHub:
         self.actions.add_run(run, jobs)
         return run
 
+    async def push(
+        self, owner: str, repo: str, branch: str | None = None, *, before: str | None = None
+    ) -> Sent:
+        """Tell of what the branch (default: the default branch) of the repository is now, as after a push.
+
+        ``before``: what it was; by default the parent of its tip, or nothing. A branch that is gone was deleted.
+        """
+        repository = self.repository(owner, repo)
+        branch = branch or repository.default_branch
+        after, commits = "0" * 40, []
+        if branch in await github_git.branches(repository.git_dir):
+            tip = await github_git.commit(repository.git_dir, f"refs/heads/{branch}")
+            after, commits = tip["id"], [tip]
+            before = before or await github_git.parent_of(repository.git_dir, after) or "0" * 40
+        payload = self.rest.shapes.push_event(
+            repository,
+            f"refs/heads/{branch}",
+            before or "0" * 40,
+            after,
+            commits,
+            self._installation(repository),
+        )
+        return self.webhooks.send(
+            "push", payload, repository_id=repository.id, installation_id=self._installation(repository)
+        )
+
     def repository(self, owner: str, repo: str) -> Repository:
         return self.actions.repositories[f"{owner}/{repo}".lower()]
 
@@ -235,7 +261,14 @@ class StandinGitHub:
 
     def _emit(self, job: Job, action: str) -> None:
         repository = job.run.repository
-        installation_id = next(
+        installation_id = self._installation(repository)
+        payload = self.rest.shapes.workflow_job_event(job, action, installation_id)
+        self.webhooks.send(
+            "workflow_job", payload, repository_id=repository.id, installation_id=installation_id
+        )
+
+    def _installation(self, repository: Repository) -> int | None:
+        return next(
             (
                 number
                 for app in self.rest.apps.values()
@@ -243,10 +276,6 @@ class StandinGitHub:
                 if owner.lower() == repository.owner.lower()
             ),
             None,
-        )
-        payload = self.rest.shapes.workflow_job_event(job, action, installation_id)
-        self.webhooks.send(
-            "workflow_job", payload, repository_id=repository.id, installation_id=installation_id
         )
 
     async def _handle(self, request: Request) -> Response:
@@ -278,7 +307,8 @@ class StandinGitHub:
 
     def _may_read(self, request: Request, repository: Repository) -> bool:
         token = github_git.password(request.headers)
-        if token in self.rest.tokens:
+        known = self.rest.tokens.get(token or "")
+        if known is not None and known.expires_at > time.time() and known.reads(repository):
             return True
         return any(
             job.token == token and job.run.repository is repository and job.status == "in_progress"

@@ -2,6 +2,7 @@
 
 POST /_standin/control/repositories  {"path", "owner"?, "name"?}      → {"full_name"}
 POST /_standin/control/runs          {"owner", "repo", "ref"?, "workflow"?} → {"run_id", "sha", "jobs"}
+POST /_standin/control/push          {"owner", "repo", "branch"?, "before"?} → {"guid"}; tells of a branch as it is
 POST /_standin/control/runs/{id}/cancel
 GET  /_standin/control/jobs/{id}[?status=completed&timeout=30]        → the job, after waiting
 GET  /_standin/control/jobs/{id}/log                                  → text
@@ -55,6 +56,8 @@ class Control:
                 return answer(201, {"full_name": (await forge.add_repository(path, **body)).full_name})
             case "POST", "runs":
                 return answer(201, self._run(await forge.queue_run(**body)))
+            case "POST", "push":
+                return answer(201, {"guid": (await forge.push(**body)).guid})
             case "POST", "runs", number, "cancel":
                 forge.actions.cancel(forge.actions.runs[int(number)])
                 return answer(202, {})

@@ -63,6 +63,17 @@ async def commit(directory: Path, ref: str) -> dict[str, Any]:
     }
 
 
+async def branches(directory: Path) -> list[str]:
+    """The names of the branches."""
+    return (await git(directory, "for-each-ref", "--format=%(refname:short)", "refs/heads")).split()
+
+
+async def parent_of(directory: Path, sha: str) -> str | None:
+    """The first parent of a commit; None for the first one of all."""
+    parents = (await git(directory, "log", "-1", "--format=%P", sha)).split()
+    return parents[0] if parents else None
+
+
 async def workflow(directory: Path, sha: str, path: str) -> tuple[str, dict[str, dict[str, Any]]]:
     """Name and jobs (key → definition) of the workflow file at ``path``."""
     text = await git(directory, "show", f"{sha}:{path}")

@@ -16,6 +16,7 @@ from tests.standins.github_state import Actions, Refused
 from tests.standins.github_webhooks import Webhooks
 
 DOCS = "https://docs.github.com/rest"
+_PERMISSIONS = {"administration": "write", "actions": "read", "contents": "read", "metadata": "read"}
 _LABEL = re.compile(r"[^\s,][^,]{0,255}")
 
 
@@ -31,11 +32,24 @@ class App:
 
 @dataclass(slots=True)
 class Token:
-    """Who a token speaks for. ``owner`` None: everything (a personal token of an administrator)."""
+    """Who a token speaks for. ``owner`` None: everything (a personal token of an administrator).
+
+    ``repositories`` (lower-case names) and ``permissions`` are what it was narrowed to; None: not at all.
+    """
 
     owner: str | None
     expires_at: float
     remaining: int = 5000
+    repositories: frozenset[str] | None = None
+    permissions: dict[str, str] | None = None
+
+    def reads(self, repository: Repository) -> bool:
+        """Whether it may fetch the contents of this repository."""
+        if self.owner is not None and self.owner.lower() != repository.owner.lower():
+            return False
+        if self.repositories is not None and repository.name.lower() not in self.repositories:
+            return False
+        return self.permissions is None or "contents" in self.permissions
 
 
 RestHandler = Callable[..., Awaitable[Response]]
@@ -97,6 +111,8 @@ class Rest:
             token = self._who(request)
             if isinstance(token, Token):
                 self._visible(token, parts)
+                if token.permissions is not None and "administration" not in token.permissions:
+                    raise Refused(403, "Resource not accessible by integration")
             response = await handler(request, token, **parts)
         except Refused as refusal:
             response = answer(refusal.status, _problem(refusal.status, refusal.message))
@@ -167,7 +183,7 @@ class Rest:
         raise Refused(404, "Not Found")
 
     @_route("POST", "/app/installations/{installation_id}/access_tokens")
-    async def access_token(self, _request: Request, who: object, installation_id: str) -> Response:
+    async def access_token(self, request: Request, who: object, installation_id: str) -> Response:
         app = _as_app(who)
         account = app.installations.get(_number(installation_id))
         if account is None:
@@ -175,10 +191,22 @@ class Rest:
         # Longer than the 40 characters these tokens used to have: nobody may rely on a length.
         value = f"ghs_{app.id}_{secrets.token_urlsafe(180)}"
         expires_at = time.time() + self.token_seconds
-        self.tokens[value] = Token(account, expires_at)
-        permissions = {"administration": "write", "actions": "read", "metadata": "read"}
-        document = {"token": value, "expires_at": iso(expires_at), "permissions": permissions}
-        return answer(201, {**document, "repository_selection": "all"})
+        asked = _object(request) if request.body else {}
+        permissions = asked.get("permissions")
+        for name, level in (permissions or {}).items():
+            if _PERMISSIONS.get(name) not in (level, "write"):
+                raise Refused(422, "The permissions requested are not granted to this installation.")
+        names = asked.get("repositories")
+        chosen = [self.actions.repositories.get(f"{account}/{name}".lower()) for name in names or ()]
+        if None in chosen:
+            raise Refused(422, "There is at least one repository that does not exist or is not accessible.")
+        only = frozenset(name.lower() for name in names) if names is not None else None
+        self.tokens[value] = Token(account, expires_at, repositories=only, permissions=permissions)
+        document = {"token": value, "expires_at": iso(expires_at), "permissions": permissions or _PERMISSIONS}
+        if names is None:
+            return answer(201, {**document, "repository_selection": "all"})
+        shown = [self.shapes.repository(one) for one in chosen if one is not None]
+        return answer(201, {**document, "repository_selection": "selected", "repositories": shown})
 
     @_route("GET", "/app/hook/deliveries")
     async def deliveries(self, request: Request, who: object) -> Response:

@@ -1,6 +1,7 @@
 """How the stand-in GitHub's things look in JSON; tests check it against GitHub's OpenAPI and schemas."""
 
 import base64
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -287,6 +288,57 @@ class Shapes:
             event["organization"] = self.organization(repository.owner)
         if job.environment:
             event["deployment"] = self.deployment(job)
+        if installation_id is not None:
+            event["installation"] = {"id": installation_id, "node_id": node("Installation", installation_id)}
+        return event
+
+    def push_event(
+        self,
+        repository: Repository,
+        ref: str,
+        before: str,
+        after: str,
+        commits: list[Json],
+        installation_id: int | None,
+    ) -> Json:
+        """``commits``: the new ones, oldest first, as ``github_git.commit`` shows them."""
+        web = f"{self.web}/{repository.full_name}"
+        pusher = {"name": "octocat", "email": "octocat@users.noreply.github.com"}
+        none = "0" * len(after)
+        shown = [
+            {
+                **commit,
+                "distinct": True,
+                "url": f"{web}/commit/{commit['id']}",
+                "added": [],
+                "removed": [],
+                "modified": [],
+            }
+            for commit in commits
+        ]
+        event: Json = {
+            "ref": ref,
+            "before": before,
+            "after": after,
+            "base_ref": None,
+            "compare": f"{web}/compare/{before[:12]}...{after[:12]}",
+            "created": before == none,
+            "deleted": after == none,
+            "forced": False,
+            "commits": shown,
+            "head_commit": shown[-1] if shown else None,
+            "pusher": pusher,
+            "repository": {
+                **self.repository(repository),
+                "created_at": 1767225600,
+                "pushed_at": int(time.time()),
+                "stargazers": 0,
+                "master_branch": repository.default_branch,
+            },
+            "sender": self.user("octocat"),
+        }
+        if repository.organization:
+            event["organization"] = self.organization(repository.owner)
         if installation_id is not None:
             event["installation"] = {"id": installation_id, "node_id": node("Installation", installation_id)}
         return event

@@ -14,8 +14,17 @@ BASE = Template("github-runner", "b", (), 512, "/opt/runner")
 NOW = 1000.0
 
 
-def plan(look: Look, keys: dict[str, str], *, mine: list[Parent] | None = None, last: list[Bake] | None = None,
-         there: bool = True, withdrawn: bool = False, every: float = 0.0, base: Template = BASE) -> list[Wanted]:  # fmt: skip
+def plan(
+    look: Look,
+    keys: dict[str, str],
+    *,
+    mine: list[Parent] | None = None,
+    last: list[Bake] | None = None,
+    there: bool = True,
+    withdrawn: bool = False,
+    every: float = 0.0,
+    base: Template = BASE,
+) -> list[Wanted]:
     return wanted_bakes(
         look, keys, base, mine=mine or [], last=last or [], there=lambda _: there, withdrawn=lambda _: withdrawn,
         now=NOW, every=every, retry=10.0,
@@ -66,7 +75,7 @@ def test_a_branch_that_comes_back_to_an_older_key_is_wanted_again() -> None:
     assert [
         w.key
         for w in plan(MAIN, {"c1": "k1"}, mine=[parent("octo-org/hello", "main", "k2")], last=[newer, done()])
-    ] == ["k1"]  # noqa: E501
+    ] == ["k1"]
 
 
 def test_what_was_pruned_is_made_again() -> None:

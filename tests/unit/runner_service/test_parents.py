@@ -38,7 +38,8 @@ def parent(
 def bake(**more: object) -> Bake:
     values: dict[str, object] = {
         "id": 7, "host": "h", "forge": "github", "repository": "octo-org/hello", "branch": "dev", "commit": "a" * 40,
-        "key": "k9", "base": BASES[0], "base_digest": "b", "state": "failed", "why": "", "created_at": 1.0, "due_at": 1.0,
+        "key": "k9", "base": BASES[0], "base_digest": "b", "state": "failed", "why": "", "created_at": 1.0,
+        "due_at": 1.0,
     }  # fmt: skip
     return Bake(**(values | more))  # pyright: ignore
 
