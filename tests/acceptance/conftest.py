@@ -6,9 +6,9 @@ A stage (stand-in GitHub and service) is shared by the tests of a module; each t
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -19,6 +19,7 @@ from tests.standins.github_state import Job, Times
 from vmm_core.engine import Engine
 from vmm_core.machine import Snapshot, VmRecord
 
+T = TypeVar("T")
 # What a slow machine under load may take for what takes a second elsewhere.
 PATIENCE = 120.0
 # Short where GitHub is slow, so that a test of a lost runner does not wait ten minutes. A poll of a VM that was killed
@@ -53,11 +54,24 @@ def max_vms() -> int:
 
 
 @pytest.fixture(scope="module")
+def bakes() -> Mapping[str, float] | None:
+    """Settings of the service's bakes in this module; None: none are made."""
+    return None
+
+
+@pytest.fixture(scope="module")
 async def stage(
-    engine: Engine, template: Snapshot, limits: Mapping[str, float], max_vms: int
+    engine: Engine,
+    template: Snapshot,
+    limits: Mapping[str, float],
+    max_vms: int,
+    bakes: Mapping[str, float] | None,
 ) -> AsyncIterator[Stage]:
-    files = {**FILES, **JOBS}
-    async with Stage.open(engine, files=files, limits=limits, times=TIMES, max_vms=max_vms) as opened:
+    del template  # jobs are forked from it
+    opening = Stage.open(
+        engine, files={**FILES, **JOBS}, limits=limits, times=TIMES, max_vms=max_vms, bakes=bakes
+    )
+    async with opening as opened:
         yield opened
 
 
@@ -86,6 +100,16 @@ async def eventually(met: Callable[[], Any], what: str, *, timeout: float = PATI
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout:.0f} s for: {what}")
         await asyncio.sleep(0.05)
+    return answer
+
+
+async def eventually_async(met: Callable[[], Awaitable[T]], what: str, *, timeout: float = PATIENCE) -> T:
+    """As ``eventually``, for what has to be asked for."""
+    deadline = time.monotonic() + timeout
+    while not (answer := await met()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout:.0f} s for: {what}")
+        await asyncio.sleep(0.25)
     return answer
 
 
