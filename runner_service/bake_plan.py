@@ -28,7 +28,7 @@ log = structlog.get_logger("bake_plan")
 _LOOKS_AT_ONCE = 4
 _REPOSITORIES = 2000
 _TICK = 5.0
-_TROUBLE_SECONDS = 15.0
+_TROUBLE_SECONDS = 10.0
 _MOST_TROUBLE_SECONDS = 3600.0
 
 
@@ -164,11 +164,14 @@ class Planner:
 
     async def _pass(self) -> None:
         now = self._clock()
+        with_parents = {parent.repository for parent in self._catalog.parents()}
+        digests = frozenset(template.digest for template in self._catalog.templates())
         for repository in await self._store.read(lambda db: bq.list_repositories(db, _REPOSITORIES)):
             if len(self._looking) >= _LOOKS_AT_ONCE:
                 return
             key = (repository.forge, repository.name)
-            if key not in self._looking and self._is_watched(repository) and self._is_due(repository, now):
+            watched = repository.name in with_parents or self._is_watched(repository)
+            if watched and key not in self._looking and self._is_due(repository, digests, now):
                 task = asyncio.create_task(self._look(repository), name=f"look-{repository.name}")
                 self._looking[key] = task
                 task.add_done_callback(lambda _, key=key: self._looked(key))
@@ -178,21 +181,20 @@ class Planner:
         self.wake()
 
     def _is_watched(self, repository: Repository) -> bool:
-        if repository.used_at is not None or self._parents(repository):
-            return True
-        return any(
+        return repository.used_at is not None or any(
             fnmatch.fnmatchcase(repository.name, pattern.lower()) for pattern in self._settings.repositories
         )
 
-    def _is_due(self, repository: Repository, now: float) -> bool:
+    def _is_due(self, repository: Repository, digests: frozenset[str], now: float) -> bool:
         seen = self._seen.get((repository.forge, repository.name))
         if seen is None:
             return True
-        if seen.failures:
-            pause = _TROUBLE_SECONDS * 2 ** min(seen.failures - 1, 10)
-            return now >= seen.at + min(_MOST_TROUBLE_SECONDS, pause)
         moved = repository.moved_at is not None and repository.moved_at >= seen.at
-        rebased = bool(seen.bases - {template.digest for template in self._catalog.templates()})
+        if seen.failures:
+            # Somebody who pushes what mends it need not wait for long.
+            pause = _TROUBLE_SECONDS * (1 if moved else 2 ** min(seen.failures - 1, 10))
+            return now >= seen.at + min(_MOST_TROUBLE_SECONDS, pause)
+        rebased = bool(seen.bases - digests)
         polled = self._settings.poll_s > 0 and now >= seen.at + self._settings.poll_s
         return moved or rebased or polled
 

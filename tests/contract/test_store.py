@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from runner_service.domain import Ending, Host, Job, Runner, TimelineRow
+from runner_service.domain import Bake, BakeStep, Ending, Host, Job, Push, Repository, Runner, TimelineRow
+from runner_service.store import bake_queries as bq
 from runner_service.store import queries as q
 from runner_service.store.schema import HEAD, metadata
 from runner_service.store.store import Store, StoreError, sqlite_url
@@ -323,3 +324,122 @@ async def test_a_file_that_is_no_database_is_refused_with_its_name(tmp_path: Pat
     with pytest.raises(StoreError, match=r"x\.db"):
         async with Store.open(sqlite_url(tmp_path / "x.db")):
             pass
+
+
+def bake(**more: object) -> Bake:
+    values: dict[str, object] = {
+        "id": 0, "host": "h", "forge": "github", "repository": "o/r", "branch": "main", "commit": "c1", "key": "k1",
+        "base": "t", "base_digest": "b", "state": "queued", "why": "w", "created_at": 1.0, "due_at": 1.0,
+    }  # fmt: skip
+    return Bake(**(values | more))  # pyright: ignore
+
+
+async def test_one_bake_a_key_is_under_way_whoever_asks_for_it(store: Store) -> None:
+    first, *rest = await asyncio.gather(
+        *(store.write(lambda db, n=n: bq.queue_bake(db, bake(commit=f"c{n}"))) for n in range(8))
+    )
+    made = [one for one in (first, *rest) if one is not None]
+    assert len(made) == 1 and made[0].id > 0
+    (row,) = await store.read(lambda db: bq.list_bakes(db, limit=9))
+    assert row.commit in {f"c{n}" for n in range(8)}
+    # Baking, it is under way too; on another host, of another key, or once it is over, it is not.
+    await store.write(lambda db: bq.step_bake(db, row.id, was="queued", values={"state": "baking"}))
+    assert await store.write(lambda db: bq.queue_bake(db, bake(branch="dev"))) is None
+    assert await store.write(lambda db: bq.queue_bake(db, bake(host="other"))) is not None
+    await store.write(
+        lambda db: bq.step_bake(db, row.id, was="baking", values={"state": "failed", "ended_at": 3.0})
+    )
+    assert await store.write(lambda db: bq.queue_bake(db, bake())) is not None
+
+
+async def test_a_queued_bake_gets_the_newer_commit_and_another_key_takes_its_place(store: Store) -> None:
+    async with store.writing() as db:
+        old = await bq.queue_bake(db, bake())
+        assert await bq.queue_bake(db, bake(commit="c2")) is None
+        elsewhere = await bq.queue_bake(db, bake(branch="dev", key="k0"))
+        new = await bq.queue_bake(db, bake(commit="c3", key="k2"))
+        assert old is not None and new is not None and elsewhere is not None
+        rows = {one.id: one for one in await bq.list_bakes(db, limit=9)}
+        assert (rows[old.id].state, rows[old.id].commit) == ("superseded", "c2")
+        assert rows[new.id].state == rows[elsewhere.id].state == "queued"
+        assert [one.id for one in await bq.due_bakes(db, "h", 1.0, 9)] == [elsewhere.id, new.id]
+        assert await bq.due_bakes(db, "h", 0.5, 9) == [] and await bq.next_due(db, "h") == 1.0
+        assert await bq.next_due(db, "other") is None
+
+
+async def test_a_bake_that_waits_for_another_try_gives_way_to_a_newer_one_of_its_branch(store: Store) -> None:
+    async with store.writing() as db:
+        old = await bq.queue_bake(db, bake())
+        assert old is not None
+        await bq.step_bake(db, old.id, was="queued", values={"state": "baking"})
+        new = await bq.queue_bake(db, bake(key="k2"))
+        await bq.step_bake(db, old.id, was="baking", values={"state": "queued", "attempts": 1})
+        await bq.supersede(db, "h", 5.0)
+        assert new is not None
+        assert {one.id: one.state for one in await bq.list_bakes(db, limit=9)} == {
+            old.id: "superseded",
+            new.id: "queued",
+        }
+        assert [one.id for one in await bq.last_bakes(db, "h", "github", "o/r")] == [new.id]
+
+
+async def test_a_bake_comes_back_as_it_was_saved(store: Store) -> None:
+    steps = (BakeStep("fetch", 0.5),)
+    async with store.writing() as db:
+        made = await bq.queue_bake(db, bake(force=True))
+        assert made is not None
+        values = {
+            "state": "failed", "pid": 1 << 21, "start_ticks": 1 << 40, "steps": steps, "output": ("ünïcode", "b"),
+            "code": "bake_failed", "step": "install", "cache_hit": False, "ended_at": 9.0,
+        }  # fmt: skip
+        assert await bq.step_bake(db, made.id, was="baking", values=values) is None
+        stepped = await bq.step_bake(db, made.id, was="queued", values=values)
+        assert (
+            stepped is not None
+            and stepped.steps == steps
+            and stepped.output == ("ünïcode", "b")
+            and stepped.force
+        )
+        assert await bq.bake(db, made.id) == stepped and await bq.bake(db, made.id + 1) is None
+        assert await bq.list_bakes(db, limit=9, repository="o/r") == [stepped]
+        assert await bq.list_bakes(db, limit=9, repository="o/x") == [] and await bq.bake_counts(db) == {}
+        await q.forget(db, 10.0)
+        assert await bq.list_bakes(db, limit=9) == []
+
+
+async def test_what_is_known_of_a_repository_is_only_added_to(store: Store) -> None:
+    first = Repository(
+        forge="github", name="o/r", owner="O", repo="R", seen_at=1.0, default_branch="main", moved_at=1.0
+    )
+    async with store.writing() as db:
+        await bq.save_repository(db, first)
+        await bq.set_trouble(db, "github", "o/r", "denied")
+        await bq.save_repository(
+            db, Repository(forge="github", name="o/r", owner="O", repo="R2", seen_at=2.0, used_at=2.0)
+        )
+        found = await bq.repository(db, "github", "o/r")
+        assert found == Repository(
+            forge="github", name="o/r", owner="O", repo="R2", seen_at=2.0, default_branch="main", moved_at=1.0,
+            used_at=2.0, trouble="denied",
+        )  # fmt: skip
+        assert (
+            await bq.list_repositories(db, 9) == [found] and await bq.repository(db, "github", "o/x") is None
+        )
+        await bq.set_trouble(db, "github", "o/r", None)
+        await q.forget(db, 2.5)
+        assert await bq.list_repositories(db, 9) == []
+
+
+async def test_heads_and_keys_of_commits_are_kept_until_they_are_old(store: Store) -> None:
+    push = Push(forge="github", owner="O", repo="R", branch="main", commit="c1", seen_at=5.0)
+    async with store.writing() as db:
+        await bq.save_head(db, push)
+        await bq.save_head(db, push)
+        await bq.save_keys(db, "github", "o/r", "c1", {"b1": "k1", "b2": "k2"}, 5.0)
+        await bq.save_keys(db, "github", "o/r", "c1", {"b1": "k3"}, 6.0)
+        assert await bq.is_head(db, "github", "o/r", "c1", "main")
+        assert not await bq.is_head(db, "github", "o/r", "c1", "dev")
+        assert await bq.keys_of(db, "github", "o/r", "c1") == {"b1": "k3", "b2": "k2"}
+        await q.forget(db, 5.5)
+        assert await bq.keys_of(db, "github", "o/r", "c1") == {"b1": "k3"}
+        assert not await bq.is_head(db, "github", "o/r", "c1", "main")

@@ -33,13 +33,16 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
         "MICROVM_RUNNERS_MAX_VMS": "6",
         "MICROVM_DATA_DIR": "/data",
         "MICROVM_RUNNERS_EXTRA_LABELS": "a, b",
+        "MICROVM_BAKES_ENABLED": "false",
+        "MICROVM_BAKES_POLL_S": "0",
     }
     found = settings.load(path, env)
     assert found.listen == ("0.0.0.0", 9000) and found.data_dir == Path("/data")
     assert found.runners.max_vms == 6 and found.runners.extra_labels == ("a", "b")
     assert found.runners.egress[0].via == "127.0.0.1:1234"
     assert found.github is not None and found.github.repositories == ("o/*", "p/q")
-    assert found.service.name
+    assert found.service.name and found.source == path
+    assert not found.bakes.enabled and found.bakes.poll_s == 0
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,13 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
         ("[github]\ntoken_env = 'A'\nrepositories = ['o']\n", ["repositories", "'o'"]),
         ("[github]\ntoken_env = 'A'\nbase_url = 'ftp://x'\n", ["base_url", "https://"]),
         ("[service]\ndatabase_url = 'postgresql://u:p@h/d'\n", ["database_url", "database_url_env"]),
+        ("[bakes]\nat_once = 0\n", ["[bakes] at_once", "at least 1"]),
+        ("[bakes]\nevery_h = -1\n", ["[bakes] every_h", "-1"]),
+        ("[bakes]\nnice = 20\n", ["[bakes] nice", "19"]),
+        ("[bakes]\nenabled = 'yes'\n", ["[bakes] enabled", "bool", "yes"]),
+        ("[bakes]\nrepositories = ['o']\n", ["[bakes] repositories", "'o'", "owner/*"]),
+        ("[bakes]\nlimit = 1\n", ["[bakes]", "'limit'", "'limit_s'"]),
+        ("[github]\ntoken_env = 'A'\nserver_url = 'forge'\n", ["[github] server_url", "'forge'"]),
         ("service = 1\n", ["[service]", "table"]),
         ("[service\n", ["not valid TOML"]),
     ],
