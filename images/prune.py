@@ -81,13 +81,12 @@ def prune(
     snapshots = catalog.store.list()
     sizes = footprint.measure({each.digest: footprint.files_of(each.path) for each in snapshots})
     candidates = _candidates(catalog, snapshots)
-    by_digest = {one.digest: one for one in candidates}
     counted = [one for one in candidates if one.counted]
     before = sizes.total([one.digest for one in counted])
     removals, after = plan(candidates, sizes, keep=keep, budget=budget_bytes)
     stays = [Stays(one.digest, one.name, one.kept) for one in counted if one.kept]
     if not dry_run:
-        removals, late = _carry_out(catalog, removals, by_digest)
+        removals, late = _carry_out(catalog, removals)
         stays += late
         gone = {removal.digest for removal in removals}
         after = sizes.total([one.digest for one in counted if one.digest not in gone])
@@ -190,14 +189,12 @@ def _ranks(catalog: Catalog, snapshots: Sequence[Snapshot], names: Mapping[str, 
     return ranks
 
 
-def _carry_out(
-    catalog: Catalog, removals: Sequence[Removal], planned: Mapping[str, Candidate]
-) -> tuple[list[Removal], list[Stays]]:
+def _carry_out(catalog: Catalog, removals: Sequence[Removal]) -> tuple[list[Removal], list[Stays]]:
     """What is gone now, and what came in between."""
     gone: list[Removal] = []
     stays: list[Stays] = []
     for removal in removals:
-        obstacle = _remove(catalog, planned[removal.digest])
+        obstacle = _remove(catalog, removal.digest)
         if obstacle:
             stays.append(Stays(removal.digest, removal.name, obstacle))
         else:
@@ -205,15 +202,15 @@ def _carry_out(
     return gone, stays
 
 
-def _remove(catalog: Catalog, planned: Candidate) -> str:
+def _remove(catalog: Catalog, digest: str) -> str:
     with catalog.locked():
         try:
-            snapshot = catalog.store.load(planned.digest)
-            used = last_used(snapshot)
-            kept = _Reasons(catalog, catalog.store.names()).to_keep(snapshot, used)
-            if kept or used != planned.last_used:
-                return kept or "it was used just now"
-            catalog.store.remove(planned.digest)
+            snapshot = catalog.store.load(digest)
+            # What was used or promoted since the plan was made was so within the grace.
+            kept = _Reasons(catalog, catalog.store.names()).to_keep(snapshot, last_used(snapshot))
+            if kept:
+                return kept
+            catalog.store.remove(digest)
         except UnknownTemplate:
             return "somebody else has removed it"
         except (SnapshotInUse, SnapshotInvalid) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from images.bake import Baked, bake
-from images.catalog import templates
+from images.catalog import Catalog, templates
 from images.errors import BakeFailed, RecipeError
 from images.events import BakeEvent
 from images.recipe import load_recipe
@@ -157,6 +157,8 @@ async def test_the_same_inputs_are_a_hit_and_any_other_is_not(baker, unique):
     assert not forced.cache_hit
     assert forced.snapshot.digest != first.snapshot.digest
     assert (await baker(path)).snapshot.digest == forced.snapshot.digest
+    meant = [row.digest for row in Catalog(baker.engine).history(name)]
+    assert meant == [baked.snapshot.digest for baked in (forced, first, third, first)]
 
 
 async def test_two_at_once_bake_once(baker, unique):
