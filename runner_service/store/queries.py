@@ -58,8 +58,9 @@ async def lock_scheduler(db: AsyncConnection, owner: str, until: float) -> None:
 
 async def put_delivery(db: AsyncConnection, row: Mapping[str, Any]) -> Literal["stored", "known", "done"]:
     """Store a delivery once. ``known``: stored before, not processed yet; ``done``: processed before."""
+    # Not by counting rows: what a driver counts after a conflict is its own affair.
     insert = insert_into(db, inbox).on_conflict_do_nothing(index_elements=["forge", "id"])
-    if (await db.execute(insert, dict(row))).rowcount == 1:
+    if (await db.execute(insert.returning(inbox.c.seq), dict(row))).first() is not None:
         return "stored"
     processed = await db.scalar(
         sa.select(inbox.c.processed_at).where(inbox.c.forge == row["forge"], inbox.c.id == row["id"])
