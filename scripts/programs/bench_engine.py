@@ -14,7 +14,15 @@ import msgspec
 from rich.progress import Progress
 
 from scripts.programs.attacks import ATTACKS, neighbour_ms
-from scripts.programs.measure import MIB, Tick, at_rest, measure_forks, measure_forks_at_once, percentile
+from scripts.programs.measure import (
+    MIB,
+    Tick,
+    at_rest,
+    measure_forks,
+    measure_forks_at_once,
+    open_files,
+    percentile,
+)
 from vmm_core.engine import Engine
 from vmm_core.machine import Snapshot
 from vmm_core.network.slots import Slot, SlotPool
@@ -189,7 +197,7 @@ async def measure_soak(engine: Engine, parent: Snapshot, plan: Plan, tick: Tick)
             pass
 
     async def look() -> tuple[int, int, int, float, int]:
-        files = await at_rest()
+        files = await at_rest(open_files)
         gc.collect()
         room = os.statvfs(engine.pool.root)  # of the pool itself, whatever else its host's disk is used for
         namespaces = len(list(Path("/run/netns").glob("*"))) if Path("/run/netns").is_dir() else 0

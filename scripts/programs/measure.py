@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from typing import TypeVar
 
 from scripts.programs.floor import Floor
 from vmm_core.engine import Engine
@@ -15,6 +16,8 @@ AT_ONCE = 8
 MIB = 1 << 20
 _LOOKS, _LOOK_SECONDS, _REST_SECONDS = 4, 0.15, 60.0
 Tick = Callable[[str], None]
+
+T = TypeVar("T")
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -26,18 +29,19 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-async def at_rest() -> int:
-    """How many files this process has open, once their number no longer changes.
-
-    What an engine prepares and takes back, slots and cells, goes on in the background.
-    """
-    found = same = 0
+async def at_rest(look: Callable[[], T]) -> T:
+    """What ``look`` finds once nothing changes any more: an engine prepares berths in the background."""
+    found, same = look(), 0
     async with asyncio.timeout(_REST_SECONDS):
         while same < _LOOKS:
             await asyncio.sleep(_LOOK_SECONDS)
-            now = len(os.listdir("/proc/self/fd"))
+            now = look()
             found, same = now, same + 1 if now == found else 0
     return found
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 async def measure_forks(engine: Engine, parent: Snapshot, count: int, tick: Tick) -> dict[str, float]:
@@ -76,7 +80,7 @@ async def measure_forks_at_once(
     usages: list[VmUsage] = []
     try:
         for _ in range(rounds):
-            await at_rest()
+            await at_rest(open_files)
             async with AsyncExitStack() as forks:
                 started = time.perf_counter()
                 vms = await asyncio.gather(
@@ -84,7 +88,7 @@ async def measure_forks_at_once(
                 )
                 ours.append((time.perf_counter() - started) * 1e3)
                 usages = [await vm.usage() for vm in vms]
-            await at_rest()  # what ours leaves to be taken back must not weigh on the floor
+            await at_rest(open_files)  # what ours leaves to be taken back must not weigh on the floor
             theirs.append(await asyncio.to_thread(floor.restore_at_once_ms, AT_ONCE))
             tick("eight at once beside the floor")
     finally:

@@ -1,13 +1,11 @@
 """Real VMs: one engine for the session and a template baked from the ``minimal`` recipe."""
 
-import asyncio
 import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -15,8 +13,6 @@ from images.bake import bake
 from images.recipe import load_recipe
 from vmm_core.engine import Engine
 from vmm_core.machine import Snapshot
-
-T = TypeVar("T")
 
 
 @pytest.fixture(scope="session")
@@ -50,17 +46,6 @@ def open_files() -> Counter[str]:
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
             found[re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{fd}"))] += 1
-    return found
-
-
-async def at_rest(look: Callable[[], T]) -> T:
-    """What ``look`` finds once nothing changes any more: an engine prepares berths in the background."""
-    found, same = look(), 0
-    async with asyncio.timeout(20):
-        while same < 4:
-            await asyncio.sleep(0.15)
-            now = look()
-            found, same = now, same + 1 if now == found else 0
     return found
 
 

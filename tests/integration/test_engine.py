@@ -13,7 +13,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.integration.conftest import at_rest, open_files, vmm_processes
+from scripts.programs.measure import at_rest
+from tests.integration.conftest import open_files, vmm_processes
 from vmm_core import console, start
 from vmm_core import engine as engine_module
 from vmm_core.engine import Engine
