@@ -1,8 +1,9 @@
-"""Forks of machines that run, and machines that are frozen and thawed.
+"""Forks of machines that run, machines that are frozen and thawed, and those that become parents.
 
     running ──one pause──► running, and a capture beside it ──► n children at once
                            capture ──written in the background──► an ephemeral snapshot ──nothing stands on it──► gone
-    running ──freeze──► a frozen snapshot, durably ──► the VM is ended
+    running ──save──► a snapshot that stands on what it was forked from, durably ──► the VM is ended
+    running ──freeze──► a frozen snapshot, the same way ──► the VM is ended
     frozen  ──thaw──► the same machine, running ──► the snapshot is gone
     frozen  ──discard, or its time has passed──► gone
 
@@ -23,17 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from vmm_core.capture import (
-    Captured,
-    Image,
-    Threads,
-    capture,
-    make_durable,
-    pool_full,
-    resume,
-    write_image,
-    write_sums,
-)
+from vmm_core.capture import Captured, Image, Threads, capture, write_image, write_sums
 from vmm_core.disk import Pool
 from vmm_core.drivers.base import MEMORY, SUMS
 from vmm_core.errors import BadRequest, SnapshotInvalid, UnknownTemplate, UnknownVm, VmmError
@@ -42,6 +33,7 @@ from vmm_core.machine import Frozen, Identity, MachineSpec, Manifest, Snapshot, 
 from vmm_core.record import new_identity
 from vmm_core.residents import Residents
 from vmm_core.snapshot import SnapshotStore, file_sizes, load_memory
+from vmm_core.stop import Stops
 from vmm_core.vm import RunningVm
 
 MOST_CHILDREN = 256
@@ -100,6 +92,7 @@ class Live:
         self._start = start
         self._require = require
         self._threads = Threads()
+        self._stops = Stops(engine.pool, engine.snapshots, self._threads, require)
         self._turns: dict[str, asyncio.Lock] = {}
         self._writing: dict[str, asyncio.Task[None]] = {}
         self._hurry: dict[str, asyncio.Event] = {}
@@ -220,24 +213,19 @@ class Live:
 
     async def save(self, vm: RunningVm, digest: str, finish: Callable[[Manifest], Manifest]) -> Snapshot:
         """Stop ``vm`` into the snapshot ``digest``. See ``Engine.snapshot``, which ends it."""
-        booted = vm.record.parent is None and _image_in(vm.directory) is None
-        stop = self._stop_booted if booted else self._stop
 
         async def work() -> Snapshot:
             async with self._turn(vm):
-                return await stop(vm, digest, finish)
+                if vm.record.parent is not None or _image_in(vm.directory) is not None:
+                    return await self._stop(vm, digest, finish, exact=True)
+                return await self._stops.booted(
+                    vm,
+                    lambda made: finish(
+                        msgspec.structs.replace(self._manifest(vm, digest, made), state="migration")
+                    ),
+                )
 
         return await _finished(work(), lambda _: None)
-
-    async def _stop_booted(
-        self, vm: RunningVm, digest: str, finish: Callable[[Manifest], Manifest]
-    ) -> Snapshot:
-        """A machine that booted has no memory but its own: its VMM tells its whole state, and it is ended."""
-        self._pool.require_room(vm.record.machine.memory_mib << 20)
-        with self._snapshots.draft() as draft, pool_full(f"the memory and disk of {vm.id}"):
-            await vm.driver_vm.save(draft)
-            manifest = msgspec.structs.replace(self._manifest(vm, digest, draft), state="migration")
-            return await self._threads.urgent(lambda: self._snapshots.publish(draft, finish(manifest)))
 
     # ── frozen machines ──────────────────────────────────────────────────────────────────────────
 
@@ -260,46 +248,14 @@ class Live:
         return frozen
 
     async def _stop(
-        self, vm: RunningVm, digest: str, finish: Callable[[Manifest], Manifest], *, exact: bool = True
+        self, vm: RunningVm, digest: str, finish: Callable[[Manifest], Manifest], *, exact: bool
     ) -> Snapshot:
-        """Stop ``vm`` into the snapshot ``digest``, durably; ``finish`` completes its manifest. ``exact``: see capture.
-
-        When this raises the machine runs on. To be called in its turn, and not to be cancelled.
-        """
-        self._pool.require_room()
+        """Stop ``vm`` into the snapshot ``digest``; ``finish`` has the last word on its manifest. In its turn."""
         own = _image_in(vm.directory)  # of a machine that was thawed
         image = own or await self._image_of(vm.record.parent)
-
-        def require(memory_mib: int) -> Awaitable[None]:
-            return self._require(vm.record.machine, memory_mib)
-
-        with self._snapshots.draft() as draft:
-            captured = await capture(
-                vm, draft, self._threads, into=image, exact=exact, run_on=False, require=require
-            )
-            try:
-                self._pool.require_room(captured.private_bytes)
-
-                def write() -> None:
-                    write_image(captured, image, draft)
-                    make_durable(draft)
-
-                await asyncio.gather(
-                    self._threads.urgent(write),
-                    self._threads.urgent(lambda: write_sums(captured, image, draft)),
-                    vm.read_last(),  # it costs as much as the rest of its end, and what it reads is still
-                )
-                manifest = finish(self._manifest(vm, digest, draft))
-                durable = manifest.files.keys() - {SUMS}
-                with pool_full("its manifest"):
-                    return await self._threads.urgent(
-                        lambda: self._snapshots.publish(draft, manifest, durable=durable)
-                    )
-            except BaseException:
-                await resume(vm)
-                raise
-            finally:
-                captured.close()
+        return await self._stops.forked(
+            vm, image, lambda made: finish(self._manifest(vm, digest, made)), exact=exact
+        )
 
     async def thaw(self, vm_id: str, ttl: float) -> RunningVm:
         """See ``Engine.thaw``."""

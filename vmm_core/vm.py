@@ -71,7 +71,7 @@ class RunningVm:
         self._live = live
         self._exec_count = 0
         self._worked = False
-        self._read_last = False
+        self._read = False
         self._reading: VmUsage | None = None
         self._witness: evidence.OomWitness | None = None
         self._verdict: VmExit | None = None
@@ -268,19 +268,19 @@ class RunningVm:
                 )
             )
 
-    async def read_last(self) -> None:
-        """Take the last reading, for one that stands still and is about to end.
-
-        What its memory came to is known only while it lives; its end does not wait long for that.
-        """
-        self._read_last = True
+    async def read(self) -> None:
+        """What its memory came to is known only while it lives; its end does not wait long for that."""
         with contextlib.suppress(VmDied, OSError, TimeoutError):
             async with asyncio.timeout(_READING_SECONDS):
                 await self.usage()
 
+    def keep_reading(self) -> None:
+        """It stands still since it was read: its end takes no other reading."""
+        self._read = True
+
     async def _destroy(self) -> None:
-        if not self._watch.done() and not self._read_last:
-            await self.read_last()
+        if not self._watch.done() and not self._read:
+            await self.read()
         await self.driver_vm.kill()
         await asyncio.gather(self._watch, return_exceptions=True)
         await self._capture.close()
