@@ -232,6 +232,8 @@ def _requirement_files(arguments: "Sequence[str]") -> "list[str]":
             names.append(next(pending, ""))
         elif word.startswith("--requirement="):
             names.append(word.partition("=")[2])
+        elif word == "--progress-bar":
+            next(pending, "")
         elif word not in _PIP_FLAGS:
             raise Unsuited
     if not names:

@@ -232,6 +232,7 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
         ("-r", "requirements.txt"),
         ("--requirement=requirements.txt", "--no-cache-dir", "-q"),
         ("--require-hashes", "--requirement", "requirements.txt"),
+        ("--no-input", "--progress-bar", "off", "-r", "requirements.txt"),
     ],
 )
 def test_satisfied_requirements_need_no_pip(
