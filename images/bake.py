@@ -59,14 +59,20 @@ class Baked(msgspec.Struct, frozen=True):
 
 
 async def bake(
-    engine: Engine, recipe: Recipe, *, progress: Callable[[BakeEvent], None], force: bool = False
+    engine: Engine,
+    recipe: Recipe,
+    *,
+    progress: Callable[[BakeEvent], None],
+    force: bool = False,
+    named: bool = True,
 ) -> Baked:
     """Make the template of a recipe, or find the one already made of the same inputs, and name it.
 
-    ``force`` bakes again; the name then means the new one. Raises RecipeError, BuildFailed, BakeFailed, and
+    ``force`` bakes again; the name then means the new one. Not ``named``, it is for its children alone: no label
+    finds it, and it goes when they have gone. Raises RecipeError, BuildFailed, BakeFailed, and
     VmmError where the host is unfit (HostUnfit: no memory, pool full, no QEMU).
     """
-    return await _Bake(engine, recipe, progress).run(force=force)
+    return await _Bake(engine, recipe, progress).run(force=force, named=named)
 
 
 async def root_disk(engine: Engine, recipe: Recipe, *, progress: Callable[[BakeEvent], None]) -> BootImage:
@@ -106,7 +112,7 @@ class _Bake:
         self._started = time.monotonic()
         self._steps = Steps(progress)
 
-    async def run(self, *, force: bool) -> Baked:
+    async def run(self, *, force: bool, named: bool) -> Baked:
         plan = await self._plan()
         step = Step("check", self._progress)
 
@@ -118,11 +124,13 @@ class _Bake:
             found = self._find(plan.inputs)
             # With force, one that somebody else has baked while we waited is as new as ours would be.
             if found is not None and (not force or found.manifest.created_at >= begun):
-                await self._promote(found, "baked already")
+                if named:
+                    await self._promote(found, "baked already")
                 step(f"{self._recipe.name} is baked already: {found.digest[:12]}", 1.0)
                 return Baked(snapshot=found, cache_hit=True, seconds=time.monotonic() - self._started)
             snapshot = await self._make(plan)
-            await self._promote(snapshot, "baked")
+            if named:
+                await self._promote(snapshot, "baked")
         return Baked(
             snapshot=snapshot,
             cache_hit=False,

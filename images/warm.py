@@ -24,7 +24,20 @@ import msgspec
 from images import warm_guest
 from images.bake import BAKE, RUNNER_FILE_NAMES, lock_name, sweep
 from images.cache import Cache
-from images.catalog import Catalog
+from images.catalog import (
+    BAKED_FROM,
+    BASE,
+    BASE_DIGEST,
+    BRANCH,
+    COMMIT,
+    KEY,
+    LOCKFILES,
+    RECIPE,
+    REPOSITORY,
+    TEMPLATE,
+    TOOLS,
+    Catalog,
+)
 from images.errors import BakeFailed
 from images.events import BakeEvent, Progress
 from images.installs import Install, InstallPlan, plan_installs
@@ -32,7 +45,16 @@ from images.mirror import Mirror, fetch_mirror
 from images.repository import Service
 from images.schema import WarmStep
 from images.steps import GuestWork, Steps
-from images.warm_plan import CONFIG, Request, WarmPlan, make_warm_plan, parent_name, parents_of
+from images.warm_plan import (
+    BASE_MADE,
+    CONFIG,
+    CONFIG_DIGEST,
+    Request,
+    WarmPlan,
+    make_warm_plan,
+    parent_name,
+    parents_of,
+)
 from vmm_core.engine import Engine
 from vmm_core.errors import VmFailed
 from vmm_core.machine import Snapshot
@@ -98,15 +120,15 @@ class _WarmBake:
                 say=step,
             )
         plan = await make_warm_plan(self._engine, mirror, self._request, self._steps, self._progress)
+        name = parent_name(self._request.repository, plan.branch)
 
         def waiting() -> None:
             self._progress(BakeEvent("plan", "waiting for another process that bakes the same key"))
 
         async with self._cache.locked(lock_name(plan.key), waiting=waiting):
-            known = None if force else self._find(plan.key)
+            known = None if force else await asyncio.to_thread(self._find, plan, name)
             snapshot = known or await self._make(plan, mirror)
         hit = snapshot is known
-        name = parent_name(self._request.repository, plan.branch)
         why = (
             "the same key"
             if hit
@@ -126,10 +148,12 @@ class _WarmBake:
             steps=self._steps.times,
         )
 
-    def _find(self, key: str) -> Snapshot | None:
-        """The newest parent of this key."""
+    def _find(self, plan: WarmPlan, name: str) -> Snapshot | None:
+        """The newest parent of this key that nobody has rolled this name back from."""
+        bad = self._catalog.withdrawn(name)
         parents = parents_of(self._engine, self._request.repository)
-        return next((parent for parent in parents if parent.manifest.labels.get("key") == key), None)
+        good = (parent for parent in parents if parent.digest not in bad)
+        return next((parent for parent in good if parent.manifest.labels.get(KEY) == plan.key), None)
 
     async def _make(self, plan: WarmPlan, mirror: Mirror) -> Snapshot:
         async with self._forked(plan) as vm:
@@ -235,21 +259,21 @@ class _WarmBake:
                 for key, value in base.items()
                 if key.startswith("runner.") or key in ("suite", "kernel")
             },
-            "template": self._request.repository,
+            TEMPLATE: self._request.repository,
             "description": f"{self._request.spelled} at {plan.commit.sha[:12]}, with its dependencies",
             "labels": ",".join(labels),
-            "repository": self._request.repository,
-            "branch": plan.branch,
-            "commit": plan.commit.sha,
-            "key": plan.key,
-            "config": plan.config,
-            "base": plan.template,
-            "base.digest": plan.template_digest,
-            "base.made": plan.base.digest,
-            "baked.from": "previous" if plan.incremental else "base",
-            "recipe": msgspec.json.encode(plan.recipe).decode(),
-            "lockfiles": msgspec.json.encode(files).decode(),
-            "tools": tools,
+            REPOSITORY: self._request.repository,
+            BRANCH: plan.branch,
+            COMMIT: plan.commit.sha,
+            KEY: plan.key,
+            CONFIG_DIGEST: plan.config,
+            BASE: plan.template,
+            BASE_DIGEST: plan.template_digest,
+            BASE_MADE: plan.base.digest,
+            BAKED_FROM: "previous" if plan.incremental else "base",
+            RECIPE: msgspec.json.encode(plan.recipe).decode(),
+            LOCKFILES: msgspec.json.encode(files).decode(),
+            TOOLS: tools,
         }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from images.bake import bake
+from images.catalog import BRANCH, REPOSITORY, TEMPLATE
 from images.errors import BakeFailed, RecipeError
 from images.events import Progress, Step
 from images.lockfiles import Inventory, dependency_key, inventory
@@ -26,6 +27,8 @@ from vmm_core.errors import BadRequest, SnapshotInvalid, UnknownTemplate
 from vmm_core.machine import Network, Snapshot
 
 CONFIG = ".microvm.yml"
+# Labels of a parent's manifest that only a bake looks at: the digests of its ``.microvm.yml``, and of what is under it.
+CONFIG_DIGEST, BASE_MADE = "config", "base.made"
 _CONFIG_BYTES = 64 << 10
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}/[A-Za-z0-9_.-]{1,100}")
 # Beyond this a parent is made afresh from its base: what was removed meanwhile goes, and a fork's chain stays short.
@@ -193,7 +196,7 @@ def parents_of(engine: Engine, repository: str) -> list[Snapshot]:
     return [
         snapshot
         for snapshot in engine.snapshots.list()
-        if snapshot.manifest.labels.get("repository") == repository
+        if snapshot.manifest.labels.get(REPOSITORY) == repository
         and snapshot.manifest.owner == repository.partition("/")[0]
         and engine.misfit(snapshot.manifest) is None
     ]
@@ -216,13 +219,15 @@ def _template(engine: Engine, recipe: RepositoryRecipe, request: Request) -> Sna
 async def _base(engine: Engine, template: Snapshot, recipe: RepositoryRecipe, progress: Progress) -> Snapshot:
     """What is under the parent: the template, or one of the size and with the packages that the repository wants."""
     wanted = _own_base(template, recipe)
-    return template if wanted is None else (await bake(engine, wanted, progress=progress)).snapshot
+    return (
+        template if wanted is None else (await bake(engine, wanted, progress=progress, named=False)).snapshot
+    )
 
 
 def _own_base(template: Snapshot, recipe: RepositoryRecipe) -> Recipe | None:
     """The template's recipe with the repository's size and packages; None when it wants none of its own."""
     machine = template.manifest.machine
-    name = template.manifest.labels.get("template", template.digest[:12])
+    name = template.manifest.labels.get(TEMPLATE, template.digest[:12])
     size = msgspec.structs.replace(
         machine,
         vcpus=recipe.vcpus or machine.vcpus,
@@ -271,8 +276,8 @@ def _start(
     for branch in branches:
         for parent in parents:
             labels = parent.manifest.labels
-            fits = labels.get("base.made") == base.digest and labels.get("config") == config
-            if fits and labels.get("branch") == branch and _layers(engine, parent) < MOST_LAYERS:
+            fits = labels.get(BASE_MADE) == base.digest and labels.get(CONFIG_DIGEST) == config
+            if fits and labels.get(BRANCH) == branch and _layers(engine, parent) < MOST_LAYERS:
                 return parent
     return None
 
