@@ -21,6 +21,7 @@ from runner_service.store import queries as q
 from runner_service.store.store import Store
 
 log = structlog.get_logger("choice")
+_CONFIRM_SECONDS = 60.0
 
 
 class Chooser:
@@ -54,6 +55,25 @@ class Chooser:
         job, repository, found, facts = known
         if parents.asks(job, found, facts.default_branch) and self._repositories is not None:
             facts = await self._ask(self._repositories, repository, job, found, facts)
+        return parents.choose(job, base.name, found, facts)
+
+    async def confirm(self, job_id: str, base: Template) -> Choice | None:
+        """The choice again, with the key of the commit, which was not worth waiting for; None: it is not to be had.
+
+        Of the repository's own commits only: one from a fork has no key here.
+        """
+        known = await self._store.read(lambda db: self._known(db, job_id, base, self._catalog.parents()))
+        if known is None or self._repositories is None:
+            return None
+        job, repository, found, facts = known
+        if not facts.own:
+            return None
+        if not facts.keys:
+            try:
+                async with asyncio.timeout(_CONFIRM_SECONDS):
+                    facts = await self._with_keys(self._repositories, repository, job, found, facts)
+            except (TimeoutError, CannotLookError):
+                return None
         return parents.choose(job, base.name, found, facts)
 
     async def _known(
@@ -93,23 +113,30 @@ class Chooser:
         known: Facts,
     ) -> Facts:
         """Ask the mirror for what is not known and could change the choice; what is learned is kept."""
-        own, keys = known.own, known.keys
+        facts = known
         try:
             async with asyncio.timeout(self._limit):
-                if own is None:
+                if facts.own is None:
                     own = await repositories.on_branch(repository, job.head_sha, job.head_branch)
+                    facts = msgspec.structs.replace(facts, own=own)
                     if own:
                         await self._keep_own(job)
-                if own and len({p.key for p in found}) > 1 and not keys:
-                    bases = {p.base_digest: p.machine.runner for p in found}
-                    fresh = await repositories.keys(repository, job.head_sha, bases)
-                    await self._keep_keys(repository, job, fresh)
-                    keys = _keys(fresh, found)
+                if facts.own and not facts.keys and "key" in parents.asks(job, found, facts.default_branch):
+                    facts = await self._with_keys(repositories, repository, job, found, facts)
         except (TimeoutError, CannotLookError) as error:
             log.warning(
                 "choice_not_certain", job=job.id, repository=repository.name, error=str(error) or "late"
             )
-        return msgspec.structs.replace(known, own=own, keys=keys)
+        return facts
+
+    async def _with_keys(
+        self, repositories: Repositories, repository: Repository, job: Job, found: list[Parent], known: Facts
+    ) -> Facts:
+        """With the keys of the job's commit, from the mirror."""
+        bases = {p.base_digest: p.machine.runner for p in found}
+        fresh = await repositories.keys(repository, job.head_sha, bases)
+        await self._keep_keys(repository, job, fresh)
+        return msgspec.structs.replace(known, keys=_keys(fresh, found))
 
     async def _keep_own(self, job: Job) -> None:
         seen = Push(

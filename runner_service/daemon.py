@@ -148,6 +148,7 @@ class Service:
             job=self._job,
             observe=self._observe,
             choose=chooser.choose,
+            confirm=chooser.confirm,
             chosen=lambda code: self._metrics.parents.labels(code).inc(),
             egress=_egress(settings),
             forge_rules=self._forge_rules(),

@@ -63,7 +63,8 @@ _ENDING_SECONDS = 5.0
 class Flow:
     """The handlers, and what they need. ``job`` looks one up; ``observe`` is told what the forge says about jobs.
 
-    ``choose`` names the parent for a job (its id) whose labels ask for a template; ``chosen`` hears of the kind.
+    ``choose`` names the parent for a job (its id) whose labels ask for a template, ``confirm`` tells later whether it
+    has the exact key after all; ``chosen`` hears of the kind.
 
     Every VM may reach what its template is open to, ``egress``, and the one of ``forge_rules`` for its forge.
     """
@@ -80,6 +81,7 @@ class Flow:
         job: Callable[[str], Awaitable[Job | None]],
         observe: Callable[[JobEvent], None],
         choose: Callable[[str, Template], Awaitable[Choice | None]],
+        confirm: Callable[[str, Template], Awaitable[Choice | None]],
         chosen: Callable[[str], None] = lambda _code: None,
         egress: tuple[EgressRule, ...] = (),
         forge_rules: Mapping[str, EgressRule] | None = None,
@@ -94,6 +96,7 @@ class Flow:
         self._job = job
         self._observe = observe
         self._choose = choose
+        self._confirm = confirm
         self._chosen = chosen
         self._egress = egress
         self._forge_rules = forge_rules or {}
@@ -199,7 +202,15 @@ class Flow:
             return None
         self._chosen(choice.code)
         live.note(runner, self.clock(), "parent", choice.reason)
+        if choice.parent is not None and choice.code != "exact":
+            live.beside(self._confirmed(runner, live, template, choice.parent))
         return choice.parent
+
+    async def _confirmed(self, runner: Runner, live: Live, template: Template, parent: Parent) -> None:
+        """While the job runs: what its parent was worth."""
+        choice = await self._confirm(runner.job_id or "", template)
+        if choice is not None and choice.code == "exact" and choice.parent == parent:
+            live.note(runner, self.clock(), "parent", choice.reason)
 
     def _launch(self, runner: Runner, machine: Template) -> Awaitable[RunnerVm]:
         return self._hypervisor.launch(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import structlog
@@ -82,6 +83,11 @@ class Live:
         self.process = process
         self._tasks["log"] = asyncio.create_task(self._pump(process, joblog), name=f"log-{self.runner_id}")
 
+    def beside(self, work: Coroutine[None, None, None]) -> None:
+        """Do something that nothing waits for and whose failure costs nothing; it ends when watching stops."""
+        task = self._tasks["beside"] = asyncio.create_task(work, name=f"beside-{self.runner_id}")
+        task.add_done_callback(_tell_failure)
+
     async def stop(self) -> None:
         """Stop watching; the VM is left as it is."""
         tasks = list(self._tasks.values())
@@ -132,3 +138,8 @@ class Live:
         if self.ended is None and self.exit is None:
             log.warning("channel_lost", runner=self.runner_id, error=str(error))
             self.lose(f"the channel to the guest broke: {error}", "channel_lost")
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("beside_failed", error=str(task.exception()))

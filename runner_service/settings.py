@@ -119,16 +119,16 @@ class Runners(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Bakes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Warm parents of repositories, baked by the service itself. Seconds, hours and MiB; 0 turns a schedule off.
 
-    A repository is watched from its first job on; those of ``repositories`` (patterns as ``owner/*``) from their
-    first push on. Bakes run ``at_once``, each for ``limit_s`` at most and ``attempts`` times before it has failed.
-    Watched branches are looked at every ``poll_s``, and baked anew every ``every_h``. Of each parent ``keep`` versions
-    are kept, of all as many as fit into ``budget_mib`` (0: any number); of ``mirrors`` of repositories each may have
-    ``mirror_mib``. A job waits ``choice_limit_s`` at most for the choice of its parent. The last four are what a
-    repository's own ``.microvm.yml`` may ask for.
+    A repository is watched from its first job on; those of ``repositories`` (patterns as ``owner/*``; it may be empty)
+    from their first push on. Bakes run ``at_once``, each for ``limit_s`` at most and ``attempts`` times before it has
+    failed. Watched branches are looked at every ``poll_s``, and baked anew every ``every_h``. Of each parent ``keep``
+    versions are kept, of all as many as fit into ``budget_mib`` (0: any number); of ``mirrors`` of repositories each
+    may have ``mirror_mib``. A job waits ``choice_limit_s`` at most for the choice of its parent. The last four are
+    what a repository's own ``.microvm.yml`` may ask for.
     """
 
     enabled: bool = True
-    repositories: tuple[str, ...] = ()
+    repositories: tuple[str, ...] = ("*/*",)
     at_once: int = 1
     limit_s: float = 3600.0
     attempts: int = 3

@@ -34,7 +34,9 @@ class FakeHost:
 
     def __init__(self, templates: Sequence[Template] = ()) -> None:
         self.templates = list(templates)
+        # What the names of parents mean, and what they meant before: it can still be forked.
         self.parents: list[Parent] = []
+        self.replaced: list[Parent] = []
         self.snapshots: set[str] = set()
         self.withdrawn: dict[str, frozenset[str]] = {}
         self.touched: list[str] = []
@@ -232,11 +234,12 @@ class FakeEngine:
         owner: str | None = None,
     ) -> FakeVm:
         self._gate("before launch")
-        known = [*self.host.templates, *(warm.machine for warm in self.host.parents)]
+        parents = [*self.host.parents, *self.host.replaced]
+        known = [*self.host.templates, *(warm.machine for warm in parents)]
         template = next((t for t in known if parent in (t.name, t.digest)), None)
         if template is None:
             raise UnknownTemplate(f"there is no template {parent!r}")
-        whose = next((warm.owner for warm in self.host.parents if warm.digest == template.digest), None)
+        whose = next((warm.owner for warm in parents if warm.digest == template.digest), None)
         if whose is not None and owner != whose:
             raise WrongOwner(f"{template.name} belongs to {whose}, it is not forked for {owner}")
         await asyncio.sleep(self.host.fork_seconds)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from runner_service.domain import Bake
+from runner_service.domain import Bake, Push
 from runner_service.store import bake_queries as bq
 from runner_service.views import Story
 from tests.standins.bake_program import runs
@@ -276,6 +276,31 @@ async def test_a_pushed_commit_is_known_to_be_the_repositorys_own_without_asking
         story = await service.story(job.id)
     assert story.runners[0].parent == f"{REPO}@dev"
     assert not any(question.startswith("on_branch") for question in world.repositories.asked)
+
+
+async def test_what_one_parent_was_worth_is_told_without_waiting_for_it(tmp_path: Path) -> None:
+    world = World(tmp_path, bakes=msgspec.structs.replace(BAKES, poll_s=0))
+    world.host.parents = [parent(f"{REPO}@main", f"a on {TEMPLATE.digest[:4]}")]
+    async with world.running() as service:
+        await world.push(REPO, "main", C1, "a")
+        await until(lambda: f"keys {C1}" in world.repositories.asked)
+        await asyncio.sleep(0.2)
+        world.repositories.push(REPO, "main", C2, "a")
+        async with service.store.writing() as db:
+            await bq.save_head(
+                db,
+                Push(forge="github", owner="octo-org", repo="hello", branch="main", commit=C2, seen_at=1e10),
+            )
+        world.repositories.delay = 0.5
+        job = world.forge.queue(repo=REPO, head_sha=C2, head_branch="main", seconds=2)
+        await until(lambda: job.runs)
+        assert f"keys {C2}" not in world.repositories.asked[:-1]
+        await world.until_quiet()
+        story = await service.story(job.id)
+    first, second = told(story)
+    assert "newest parent of its branch" in first and f"exact key of commit {C2[:12]}" in second
+    steps = [line.step for line in story.timeline]
+    assert steps.index("started") < len(steps) - 1 - steps[::-1].index("parent")
 
 
 async def test_a_mirror_that_is_slow_costs_a_job_its_best_parent_and_no_more(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ TEMPLATE = Template(
     "github-runner", "d" * 64, ("microvm-1cpu-512mb",), 512, "/opt/actions-runner", runner="2.330.0"
 )
 SECRET = "ghs_the-secret-of-the-bake"
-BAKES = BakeSettings(limit_s=5, attempts=2, retry_s=0.1, poll_s=0.3, look_limit_s=5, choice_limit_s=1, nice=0)
+BAKES = BakeSettings(
+    repositories=(), limit_s=5, attempts=2, retry_s=0.1, poll_s=0.3, look_limit_s=5, choice_limit_s=1, nice=0
+)
 RUNNERS = Runners(
     max_vms=4,
     fork_limit_s=5,
@@ -270,6 +272,7 @@ class Service:
             job=self._job,
             observe=self._observe,
             choose=self.chooser.choose,
+            confirm=self.chooser.confirm,
             chosen=lambda code: self.metrics.parents.labels(code).inc(),
         )
         rules = Rules(
@@ -370,6 +373,7 @@ class Catalog:
             if file.name not in self._read:
                 self._read.add(file.name)
                 made = msgspec.json.decode(file.read_bytes(), type=Made)
+                self._host.replaced += [p for p in self._host.parents if p.name == made.name]
                 self._host.parents = [p for p in self._host.parents if p.name != made.name]
                 self._host.parents.append(
                     parent(
