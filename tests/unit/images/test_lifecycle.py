@@ -19,6 +19,7 @@ def run(project: Path, *command: str) -> tuple[int, str]:
     environment |= {"PATH": f"{_ROOT}/bin:{os.environ['PATH']}", "HOME": str(project)}
     done = subprocess.run(
         [str(_ROOT / "bin/node"), *command],
+        check=False,
         cwd=project,
         env=environment,
         capture_output=True,

@@ -2,14 +2,18 @@
 
 const test = require('node:test')
 const assert = require('node:assert')
+const http = require('node:http')
+const { once } = require('node:events')
 
 const { makeApp } = require('./server.js')
 
 test('greets by name', async () => {
   const server = makeApp().listen(0, '127.0.0.1')
+  await once(server, 'listening')
   try {
-    const answer = await fetch(`http://127.0.0.1:${server.address().port}/hello/microvm`)
-    assert.deepStrictEqual(await answer.json(), { hello: 'microvm' })
+    const [answer] = await once(http.get({ port: server.address().port, path: '/hello/microvm' }), 'response')
+    const [body] = await once(answer, 'data')
+    assert.deepStrictEqual(JSON.parse(body), { hello: 'microvm' })
   } finally {
     server.close()
   }
