@@ -10,7 +10,7 @@ import pytest
 
 from runner_service.api import Api, Check, Readiness
 from runner_service.views import vm_view
-from tests.unit.runner_service.world import Service, World, until
+from tests.unit.runner_service.world import BAKES, Service, World, until
 
 pytestmark = pytest.mark.anyio
 
@@ -164,3 +164,34 @@ async def test_health_readiness_and_metrics(tmp_path: Path) -> None:
             assert name in metrics
         async with client(service, ready=False) as other:
             assert (await other.get("/readyz")).status_code == 503
+
+
+async def test_bakes_one_of_them_and_its_log(tmp_path: Path) -> None:
+    world = World(tmp_path, bakes=BAKES)
+    async with world.running() as service, client(service) as http:
+        world.forge.queue(repo="octo-org/hello")
+        await world.push("octo-org/hello", "main", "1" * 40, "locks")
+        async with asyncio.timeout(20):
+            while not (shown := (await http.get("/bakes", params={"repository": "Octo-Org/Hello"})).json()):
+                await asyncio.sleep(0.05)
+        number = shown[0]["id"]
+        # Followed from the start, the log ends with the bake.
+        log = (await http.get(f"/bakes/{number}/log", params={"follow": "true"}, timeout=30)).text
+        baked = (await http.get(f"/bakes/{number}")).json()
+        rest = (await http.get(f"/bakes/{number}/log", params={"offset": len(log.encode()) - 5})).text
+        metrics = (await http.get("/metrics")).text
+        await world.until_quiet()
+        assert (
+            (await http.get("/bakes/999")).status_code
+            == (await http.get("/bakes/999/log")).status_code
+            == 404
+        )
+        assert (await http.get("/bakes", params={"limit": 0})).status_code == 400
+        assert (await http.get("/bakes", params={"repository": "octo-org/other"})).json() == []
+    assert (baked["state"], baked["repository"], baked["branch"]) == ("done", "octo-org/hello", "main")
+    assert "install: npm ci" in log and log.endswith(rest) and len(rest) == 5
+    assert 'microvm_bakes_total{outcome="done"} 1.0' in metrics
+    assert (
+        'microvm_parents_total{reason="none"}' in metrics
+        and 'microvm_bakes_under_way{state="queued"} 0.0' in metrics
+    )

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from runner_service.commands.show import for_terminal
+from runner_service.store import bake_queries as bq
 from runner_service.store.store import Store, sqlite_url
-from tests.unit.runner_service.world import World
+from tests.unit.runner_service.world import BAKES, World
 
 
 def microvm(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -23,7 +25,9 @@ def microvm(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Co
 def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     shown = microvm("--help")
     assert shown.returncode == 0
-    for command in ("doctor", "bake", "templates", "run", "serve", "ps", "jobs", "why", "logs", "kill"):
+    for command in (
+        "doctor", "bake", "templates", "run", "serve", "ps", "jobs", "why", "logs", "bakes", "kill",
+    ):  # fmt: skip
         assert command in shown.stdout
     heavy = ("sqlalchemy", "litestar", "uvicorn", "vmm_core.engine", "images.bake", "httpx")
     code = f"import sys, runner_service.cli; print([m for m in {heavy!r} if m in sys.modules])"
@@ -42,6 +46,9 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         (["jobs", "--data-dir", "/no/such/dir"], 1, "no database"),
         (["jobs", "--limit", "0"], 2, "--limit"),
         (["jobs", "--api", "http://127.0.0.1:1"], 2, "http://127.0.0.1:1"),
+        (["bakes", "--data-dir", "/no/such/dir"], 1, "no database"),
+        (["bakes", "log", "x"], 2, "'x'"),
+        (["bakes", "--json", "log", "1"], 2, "microvm bakes log"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )
@@ -64,10 +71,26 @@ def test_a_wrong_setting_stops_every_command(tmp_path: Path) -> None:
 
 
 async def _one_job(directory: Path) -> None:
-    world = World(directory)
-    async with world.running():
+    """And a bake that failed."""
+    world = World(directory, bakes=msgspec.structs.replace(BAKES, attempts=1))
+    refusal = {
+        "error": "bake_failed",
+        "step": "install",
+        "message": "npm ci: \x1b[2Jexit 1",
+        "advice": "Look at it.",
+    }
+    (directory / "bake.json").write_text(json.dumps([{"answer": refusal}]))
+    async with world.running() as service:
         world.forge.queue()
+        await world.push("o/r", "main", "1" * 40, "locks")
         await world.until_quiet()
+        async with asyncio.timeout(20):
+            while not [
+                b
+                for b in await service.store.read(lambda db: bq.list_bakes(db, limit=1))
+                if b.state == "failed"
+            ]:
+                await asyncio.sleep(0.05)
     await world.host.close()
 
 
@@ -84,6 +107,13 @@ def test_without_a_service_the_database_and_the_log_files_are_read(tmp_path: Pat
     unknown = microvm("why", "99", *at)
     assert unknown.returncode == 1 and "no job '99'" in unknown.stderr
     assert json.loads(microvm("jobs", "--json", *at).stdout) == [job]
+    (bake,) = json.loads(microvm("bakes", "--json", *at).stdout)
+    assert (bake["state"], bake["code"]) == ("failed", "bake_failed")
+    shown = microvm("bakes", *at).stdout
+    assert "o/r@main" in shown and "install: npm ci: exit 1 — Look at it." in shown and "\x1b[2J" not in shown
+    assert "install: npm ci" in microvm("bakes", "log", str(bake["id"]), *at).stdout
+    unknown = microvm("bakes", "log", "99", *at)
+    assert unknown.returncode == 1 and "no bake 99" in unknown.stderr
 
 
 def test_reading_a_database_that_another_version_wrote_is_refused(tmp_path: Path) -> None:
