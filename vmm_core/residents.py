@@ -7,14 +7,19 @@ from collections import OrderedDict
 from vmm_core.machine import Snapshot
 from vmm_core.snapshot import load_memory
 
-RESIDENT_PARENTS = 4
+# Of the host's memory, for parents that wait for a fork; those that VMs map are there anyway.
+_SHARE = 4
 
 
 class Residents:
-    """Sealed memory by digest. A descriptor that was let go lives on in the VMMs that map it."""
+    """Sealed memory by digest. A descriptor that was let go lives on in the VMMs that map it.
 
-    def __init__(self, bound: int = RESIDENT_PARENTS) -> None:
-        self._bound = bound
+    The parents last forked are kept, as many as fit into ``most_bytes`` (default: a quarter of the host's memory).
+    """
+
+    def __init__(self, most_bytes: int | None = None) -> None:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self._most_bytes = total // _SHARE if most_bytes is None else most_bytes
         self._held: OrderedDict[str, int] = OrderedDict()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._pinned: dict[str, int] = {}
@@ -31,7 +36,7 @@ class Residents:
                 self._loading[digest] = loading
             await asyncio.shield(loading)
         self._held.move_to_end(digest)
-        while len(self._held) > self._bound:
+        while len(self._held) > 1 and sum(map(_size, self._held.values())) > self._most_bytes:
             os.close(self._held.popitem(last=False)[1])
         return self._held[digest]
 
@@ -55,3 +60,8 @@ class Residents:
             self._held[snapshot.digest] = await asyncio.to_thread(load_memory, snapshot)
         finally:
             del self._loading[snapshot.digest]
+
+
+def _size(fd: int) -> int:
+    """Bytes of memory that a sealed memory takes; what was never written takes none."""
+    return os.fstat(fd).st_blocks * 512
