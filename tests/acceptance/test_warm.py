@@ -1,5 +1,6 @@
 """Warm parents as users meet them: a push is baked by itself, and unchanged workflows find everything in place."""
 
+import json
 import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -23,6 +24,32 @@ FILES = {
     "requirements.txt": "tabulate==0.9.0\n",
     "test_it.py": "import tabulate\n\n\ndef test_it():\n    assert tabulate.tabulate([[1]])\n",
     CI: sample("python")[CI],
+}
+
+
+PACKAGE = {
+    "name": "small",
+    "version": "1.0.0",
+    "private": True,
+    "scripts": {"test": "node -e \"require('ms')\""},
+}
+NODE_FILES = {
+    "package.json": json.dumps(PACKAGE | {"dependencies": {"ms": "2.1.3"}}),
+    # As the large sample locks it, which takes minutes to install.
+    "package-lock.json": json.dumps(
+        {
+            **{key: PACKAGE[key] for key in ("name", "version")},
+            "lockfileVersion": 3,
+            "requires": True,
+            "packages": {
+                "": {"name": "small", "version": "1.0.0", "dependencies": {"ms": "2.1.3"}},
+                "node_modules/ms": json.loads(sample("node")["package-lock.json"])["packages"][
+                    "node_modules/ms"
+                ],
+            },
+        }
+    ),
+    CI: sample("node")[CI],
 }
 
 
@@ -142,7 +169,7 @@ async def test_a_push_is_baked_and_the_next_job_is_forked_from_it(stage: Stage, 
 
 
 async def test_npm_ci_takes_its_tree_from_the_parent(stage: Stage, tmp_path: Path) -> None:
-    warm = await project(stage, tmp_path, f"node-{time.time_ns()}", sample("node"))
+    warm = await project(stage, tmp_path, f"node-{time.time_ns()}", NODE_FILES)
     await warm.push()
     made = await eventually_async(warm.bakes, "a bake", timeout=BAKE_SECONDS)
     made = await warm.baked(made[0]["commit"])
