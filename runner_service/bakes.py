@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from runner_service.settings import Bakes as BakeSettings
 from runner_service.store import bake_queries as bq
 from runner_service.store.store import Store
 from runner_service.telemetry import Metrics
+from vmm_core.errors import VmmError
 from vmm_core.machine import Output
 
 log = structlog.get_logger("bakes")
@@ -36,12 +37,13 @@ log = structlog.get_logger("bakes")
 _TICK = 10.0
 _DAY = 86400.0
 _MOST_PAUSE = 3600.0
+_PREWARM_SECONDS = 60.0
 _JITTER = 0.25
 
 
 class Bakes:
     """``command`` starts a bake of ``microvm``; what is baked, and where, is added. ``server`` is the forge as jobs see
-    it, when that is not where it is cloned from."""
+    it, when that is not where it is cloned from. ``prewarm`` makes ready what was baked, for its first job."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class Bakes:
         data_dir: Path,
         origin: OriginOf,
         server: str,
+        prewarm: Callable[[str], Awaitable[None]],
         catalog: Catalog,
         metrics: Metrics,
         keep_seconds: float,
@@ -67,6 +70,7 @@ class Bakes:
         self._data_dir = data_dir
         self._origin = origin
         self._server = server
+        self._prewarm = prewarm
         self._catalog = catalog
         self._metrics = metrics
         self._keep_seconds = keep_seconds
@@ -218,6 +222,7 @@ class Bakes:
                 incremental=outcome.incremental, steps=outcome.steps, code=None, step=None, message=None,
                 advice=None, output=(), **common,
             )  # fmt: skip
+            await self._make_ready(outcome)
             await self._prune()
             return
         again = outcome.again and bake.attempts < self._settings.attempts
@@ -232,6 +237,13 @@ class Bakes:
             due_at=now + self._pause(bake.attempts) if again else bake.due_at,
             **{**common, "ended_at": None if again else now},
         )  # fmt: skip
+
+    async def _make_ready(self, baked: Baked) -> None:
+        try:
+            async with asyncio.timeout(_PREWARM_SECONDS):
+                await self._prewarm(baked.digest)
+        except (VmmError, OSError, TimeoutError) as error:
+            log.warning("prewarm_failed", name=baked.name, error=str(error))
 
     def _pause(self, attempts: int) -> float:
         pause = min(_MOST_PAUSE, self._settings.retry_s * 2 ** (attempts - 1))

@@ -202,6 +202,7 @@ class Service:
             data_dir=settings.data_dir,
             origin=origin,
             server=github.server_url,
+            prewarm=self._engine.prewarm,
             catalog=self._catalog,
             metrics=self._metrics,
             keep_seconds=settings.service.keep_days * 86400,

@@ -86,3 +86,18 @@ def test_what_is_registered_is_what_the_job_asks_and_the_companions_once(labels:
     registered = [label.lower() for label in registered_labels(labels)]
     assert len(registered) == len(set(registered))
     assert set(registered) == {*labels, "self-hosted", "linux", "x64"}
+
+
+def test_a_repository_may_say_which_template_its_labels_mean() -> None:
+    python = Template("python-ci", "p", (), 512, "/opt/runner")
+    asked = {"microvm": "python-ci", "microvm-db": "python-ci", "gpu": "python-ci"}
+
+    def served(*labels: str, asked: dict[str, str] | None = asked) -> str | None:
+        found = choose(labels, [SMALL, python], default="github-runner", asked=asked)
+        return found.template.name if isinstance(found, Serve) else None
+
+    assert served("microvm") == served("microvm-db") == served("microvm", "gpu") == "python-ci"
+    assert served("microvm", asked=None) == served("microvm", asked={"microvm": "gone"}) == "github-runner"
+    # A template that is named is meant, and what no template serves is served by none.
+    assert served("microvm-github-runner") == "github-runner"
+    assert served("microvm-db", asked=None) is served("microvm", "gpu", asked={}) is None

@@ -240,6 +240,7 @@ class Service:
                 data_dir=world.directory,
                 origin=_origin,
                 server="",
+                prewarm=self.engine.prewarm,
                 catalog=catalog,
                 metrics=self.metrics,
                 keep_seconds=86400,
