@@ -109,7 +109,7 @@ class Starter:
             spawned = time.perf_counter()
             capture = _listen(place, undo) if order.fresh else None
             self._on_step("connect")
-            channel = await Channel.connect(driver_vm.agent_socket)
+            channel = await unless_dead(driver_vm, Channel.connect(driver_vm.agent_socket))
             undo.push_async_callback(channel.close)
             self._on_step("revive")
             await self._revive(order, place, driver_vm, channel)
