@@ -6,7 +6,6 @@ SIGTERM, SIGINT: no new work, streams end, VMs run on; the next start adopts the
 
 import asyncio
 import contextlib
-import fcntl
 import gc
 import os
 import shutil
@@ -15,11 +14,9 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import structlog
 import uvicorn
 from sqlalchemy.exc import SQLAlchemyError
@@ -34,6 +31,7 @@ from runner_service.bake_plan import Planner
 from runner_service.bakes import Bakes, bake_logs
 from runner_service.catalog import EngineCatalog
 from runner_service.choice import Chooser
+from runner_service.claims import address_of, announce, listen, only_one
 from runner_service.client import SERVICE_FILE
 from runner_service.decide import Decider, Rules
 from runner_service.domain import Host, Job, JobEvent, Runner
@@ -59,12 +57,6 @@ _ROOM_BYTES = 1 << 30
 _PREWARM_SECONDS = 60.0
 
 
-class ServiceBusyError(SettingsError):
-    """Another service runs on this data directory, or holds the address."""
-
-    code = "service_busy"
-
-
 async def serve(settings: Settings) -> None:
     """Run the service until SIGTERM or SIGINT. Raises SettingsError, StoreError, VmmError before it serves."""
     telemetry.configure_logging(settings.service.log_format, settings.service.log_level)
@@ -72,8 +64,8 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(_only_one(settings.data_dir))
-        listening = stack.enter_context(_listen(settings.listen))
+        stack.enter_context(only_one(settings.data_dir))
+        listening = stack.enter_context(listen(settings.listen))
         store = await stack.enter_async_context(Store.open(database_url(settings)))
         engine = await stack.enter_async_context(
             Engine.open(
@@ -215,7 +207,7 @@ class Service:
         serving = asyncio.create_task(server.serve(sockets=[listening]), name="api")
         working: list[asyncio.Task[None]] = []
         try:
-            _announce(self._settings.data_dir, listening)
+            announce(self._settings.data_dir, listening)
             await self._prepare()
             await self.scheduler.start()
             self._recovered = True
@@ -231,7 +223,7 @@ class Service:
             gc.collect()
             gc.freeze()
             log.info(
-                "serving", address=_address(listening), forges=list(self._forges), vms=self.scheduler.vms
+                "serving", address=address_of(listening), forges=list(self._forges), vms=self.scheduler.vms
             )
             yield
         finally:
@@ -420,56 +412,3 @@ def _http() -> httpx.AsyncClient:
 
 def _egress(settings: Settings) -> tuple[EgressRule, ...]:
     return tuple(EgressRule(rule.host, rule.port, rule.via or None) for rule in settings.runners.egress)
-
-
-@contextlib.contextmanager
-def _only_one(data_dir: Path) -> Generator[None]:
-    """Make and hold the data directory: two services on it would both think that its leases are theirs."""
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(data_dir / "service.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot use the data directory {data_dir}: {error.strerror}; change service.data_dir, or its rights"
-        ) from error
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ServiceBusyError(
-                f"another service runs on {data_dir}: stop it, or use another data_dir"
-            ) from None
-        yield
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def _listen(address: tuple[str, int]) -> Generator[socket.socket]:
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind(address)
-        except OSError as error:
-            shown = f"{address[0]}:{address[1]}"
-            raise ServiceBusyError(
-                f"cannot listen on {shown}: {error.strerror}; change service.listen"
-            ) from error
-        listening.setblocking(False)
-        yield listening
-    finally:
-        listening.close()
-
-
-def _address(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _announce(data_dir: Path, listening: socket.socket) -> None:
-    """Tell the command line where this service answers."""
-    draft = data_dir / f".{SERVICE_FILE}"
-    draft.write_bytes(msgspec.json.encode({"address": _address(listening), "pid": os.getpid()}))
-    draft.replace(data_dir / SERVICE_FILE)
