@@ -168,7 +168,7 @@ async def test_a_bake_that_fails_says_where_and_leaves_the_parent_in_use(
     warm.repository.commit({"requirements.txt": f"{SECOND}\nno-such-package-of-anybody==9.9.9\n"})
     with pytest.raises(BakeFailed) as failed:
         await warm()
-    assert failed.value.step == "install: requirements.txt"
+    assert failed.value.step == "install: python: requirements.txt"
     assert any("no-such-package-of-anybody" in line for line in failed.value.output)
     assert "warm_egress" in failed.value.advice
     assert engine.snapshots.resolve(good.name).digest == good.digest
