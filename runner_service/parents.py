@@ -90,7 +90,11 @@ def choose(job: Job, base: str, parents: Iterable[Parent], facts: Facts) -> Choi
     elif facts.own:
         why = f"fallback: default branch's parent{_why(facts)}"
     else:
-        where = "is not known to be on a branch" if facts.own is None else f"is not on the branch '{job.head_branch}'"
+        where = (
+            "is not known to be on a branch"
+            if facts.own is None
+            else f"is not on the branch '{job.head_branch}'"
+        )
         why = f"default branch's parent: {commit} {where} of the repository itself"
     return Choice(parent, code, f"{parent.name} {parent.digest[:12]}: {why}")
 
@@ -101,7 +105,9 @@ def _pick(job: Job, found: Sequence[Parent], facts: Facts) -> tuple[Parent | Non
     allowed = found if facts.own else [p for p in found if p is default]
     exact = [p for p in allowed if p.key in facts.keys]
     if exact:
-        return max(exact, key=lambda p: (p.branch == job.head_branch, p is default, p.created_at, p.name)), "exact"
+        return max(
+            exact, key=lambda p: (p.branch == job.head_branch, p is default, p.created_at, p.name)
+        ), "exact"
     branch = next((p for p in allowed if p.branch == job.head_branch and p is not default), None)
     if branch is not None:
         return branch, "branch"
@@ -139,4 +145,3 @@ def _next(facts: Facts) -> str:
     if facts.watched and facts.bake is None:
         return "; the repository is being looked at, then a bake is queued"
     return ""
-
