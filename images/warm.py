@@ -118,6 +118,8 @@ class _WarmBake:
                 self._request.url,
                 credential=self._request.credential,
                 say=step,
+                keep=self._request.mirrors,
+                max_mib=self._request.mirror_mib,
             )
         plan = await make_warm_plan(self._engine, mirror, self._request, self._steps, self._progress)
         name = parent_name(self._request.repository, plan.branch)

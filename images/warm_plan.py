@@ -49,7 +49,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     ``spelled`` is ``Owner/Repo`` as the forge spells it, ``server`` the forge's address as jobs see it (None: that of
     ``url``). ``ref`` is a branch, tag or commit (None: the default branch), ``branch`` the one it is the parent of,
-    where ``ref`` does not tell. ``template`` is the base unless the repository names another.
+    where ``ref`` does not tell. ``template`` is the base unless the repository names another. So many ``mirrors`` of
+    repositories stay on this host, each of so many MiB at most.
     """
 
     url: str
@@ -60,6 +61,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     branch: str | None = None
     credential: Credential | None = None
     permitted: Permitted = Permitted()
+    mirrors: int = 64
+    mirror_mib: int = 20480
 
     @property
     def repository(self) -> str:

@@ -119,7 +119,7 @@ def bake(
     data_dir: Path | None,
     as_json: bool,
 ) -> int:
-    """Make a template from RECIPE: the name of a shipped recipe (minimal, python-ci, node-ci, github-runner) or a YAML file.
+    """Make a template from RECIPE: a shipped recipe's name (minimal, python-ci, node-ci, github-runner) or a YAML file.
 
     With --repo: make the parent of a repository, in which its dependencies are installed, as a fork of a template.
     """

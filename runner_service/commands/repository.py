@@ -45,6 +45,8 @@ async def bake(settings: Settings, wish: Wish, *, as_json: bool) -> int:
         branch=wish.branch,
         credential=_read_credential() if wish.credential_stdin else None,
         permitted=permitted_by(settings.bakes),
+        mirrors=settings.bakes.mirrors,
+        mirror_mib=settings.bakes.mirror_mib,
     )
     try:
         with Progress() as tell:
