@@ -164,8 +164,10 @@ async def test_a_bake_that_fails_says_where_and_leaves_the_parent_in_use(
     warm: Warmer, engine: Engine, nothing_left: None
 ) -> None:
     del nothing_left
+    warm.repository.commit({".microvm.yml": "install: false\n"})
     good = await warm()
-    warm.repository.commit({"requirements.txt": f"{SECOND}\nno-such-package-of-anybody==9.9.9\n"})
+    broken = {"requirements.txt": "no-such-package-of-anybody==9.9.9\n", ".microvm.yml": None}
+    warm.repository.commit(broken)
     with pytest.raises(BakeFailed) as failed:
         await warm()
     assert failed.value.step == "install: python: requirements.txt"
@@ -175,8 +177,10 @@ async def test_a_bake_that_fails_says_where_and_leaves_the_parent_in_use(
 
 
 async def test_what_verify_refuses_is_not_promoted(warm: Warmer, engine: Engine) -> None:
+    warm.repository.commit({".microvm.yml": "install: false\n"})
     good = await warm()
     config = """
+        install: false
         verify:
           - name: the answer
             run: echo it is not; exit 3
