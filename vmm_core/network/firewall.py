@@ -52,9 +52,11 @@ class Firewall:
         self._waiting: list[tuple[list[object], asyncio.Future[None]]] = []
         self._worker: asyncio.Task[None] | None = None
 
-    async def load(self, connections: int, routed: Iterable[str] = (), routed6: Iterable[str] = ()) -> None:
+    async def load(
+        self, connections: int, routed: Iterable[str], routed6: Iterable[str], *, mtu: int
+    ) -> None:
         """Make the table, or replace its rules; its elements stay."""
-        await self._call("-f", "-", text=ruleset(connections, routed, routed6))
+        await self._call("-f", "-", text=ruleset(connections, routed, routed6, mtu=mtu))
 
     async def exists(self) -> bool:
         tables = await self._listing("tables")

@@ -6,6 +6,7 @@ set back when the last slot goes.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import shutil
@@ -25,6 +26,8 @@ _IPV4 = Path("/proc/sys/net/ipv4")
 _IPV6 = Path("/proc/sys/net/ipv6")
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 _MAX_RESOLVERS = 3
+# What a guest's card has, and the least that IPv6 allows a link to have.
+_GUEST_MTU, _LEAST_MTU = 1500, 1280
 
 
 async def usable() -> str | None:
@@ -53,6 +56,17 @@ def _missing() -> str | None:
     if not os.access(_IPV4 / "ip_forward", os.W_OK) or _read_only(_IPV4 / "ip_forward"):
         return "/proc/sys/net is read-only here"
     return None
+
+
+def least_mtu(proc: Path = Path("/proc/net/route"), devices: Path = Path("/sys/class/net")) -> int:
+    """The least MTU of the interfaces that this host's routes lead over, its slots' own aside; 1500 at most."""
+    found = [_GUEST_MTU]
+    for line in proc.read_text().splitlines()[1:]:
+        name = line.split("\t")[0].strip()
+        if not name.startswith("mv-"):
+            with contextlib.suppress(OSError, ValueError):
+                found.append(int((devices / name / "mtu").read_text()))
+    return max(_LEAST_MTU, min(found))
 
 
 def collision(routes: str) -> str | None:

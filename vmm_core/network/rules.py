@@ -55,11 +55,14 @@ an address that does not answer stays in the host's neighbour table (1,024 entri
 RESETS_PER_SECOND: Final = 20
 
 
-def ruleset(connections: int, routed: Iterable[str] = (), routed6: Iterable[str] = ()) -> str:
+def ruleset(
+    connections: int, routed: Iterable[str] = (), routed6: Iterable[str] = (), *, mtu: int = 1500
+) -> str:
     """The whole table. Loading it again replaces the rules and keeps the slots' elements.
 
     ``connections`` is how many tracked connections one slot may have, ``routed`` (and ``routed6``) the
-    interfaces that forward only because of the slots, and hence only to slots.
+    interfaces that forward only because of the slots, and hence only to slots. ``mtu`` is the least of the host's ways
+    out: a guest, whose own is 1500, is told by the answers to its connections to send no larger segments.
     """
     slots, guests, guest = NETWORK, GUEST_NETWORK, GUEST_ADDRESS
     slots6, guest6, new, resets = NETWORK6, GUEST_ADDRESS6, NEW_PER_SECOND, RESETS_PER_SECOND
@@ -141,6 +144,8 @@ table inet {TABLE} {{
   chain through {{
     type filter hook forward priority filter; policy accept;
     iifname "mv-*" goto from_slot
+    oifname "mv-*" meta nfproto ipv4 tcp flags & (syn | rst) == syn tcp option maxseg size set {mtu - 40}
+    oifname "mv-*" meta nfproto ipv6 tcp flags & (syn | rst) == syn tcp option maxseg size set {mtu - 60}
     oifname "mv-*" ct state established,related accept
     oifname "mv-*" counter drop
     meta nfproto ipv4 iifname @routed counter drop

@@ -15,7 +15,7 @@ from pathlib import Path
 from vmm_core.errors import SlotsUnavailable
 from vmm_core.network.claims import Claims
 from vmm_core.network.firewall import Firewall
-from vmm_core.network.host import Forwarding
+from vmm_core.network.host import Forwarding, least_mtu
 from vmm_core.network.rules import usual_connections
 
 _TURN_SECONDS = 30.0
@@ -33,6 +33,7 @@ class HostTable:
         self._forwarding6 = Forwarding(run_dir, ipv6=True)
         self._ipv6 = False
         self._routed: tuple[set[str], set[str]] = (set(), set())
+        self._mtu = 0
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._turn = os.open(run_dir / "network.lock", flags, 0o600)
         self._users = os.open(run_dir / "network.users", flags, 0o600)
@@ -54,16 +55,16 @@ class HostTable:
 
     async def restore(self) -> bool:
         """Load the rules again when somebody removed the table (all elements are gone then: True) or when the
-        host has new interfaces that lead somewhere."""
+        host has other interfaces that lead somewhere, or leads there in other pieces."""
         with await self._take_turn():
             gone = not await self._firewall.exists()
-            if gone or self._forwarded() != self._routed:
+            if gone or self._forwarded() != self._routed or least_mtu() != self._mtu:
                 await self._load()
         return gone
 
     async def _load(self) -> None:
-        self._routed = self._forwarded()
-        await self._firewall.load(usual_connections(), *self._routed)
+        self._routed, self._mtu = self._forwarded(), least_mtu()
+        await self._firewall.load(usual_connections(), *self._routed, mtu=self._mtu)
 
     def _forwarded(self) -> tuple[set[str], set[str]]:
         six = self._forwarding6.on() if self._ipv6 else self._forwarding6.changed()

@@ -10,6 +10,7 @@ import pytest
 from vmm_core.errors import SlotsUnavailable
 from vmm_core.network import firewall as module
 from vmm_core.network.firewall import Element, Firewall
+from vmm_core.network.host import least_mtu
 from vmm_core.network.rules import ruleset, usual_connections
 
 pytestmark = pytest.mark.anyio
@@ -108,6 +109,25 @@ def test_rules_do_not_name_slots() -> None:
     assert 'add element inet microvm routed { "eth0" }' in text
     assert not any(f"mv-{number}" in text for number in range(10))
     assert "ct count over 1000" in text
+
+
+def test_segments_fit_through_the_narrowest_way_out(tmp_path: Path) -> None:
+    devices = tmp_path / "net"
+    for name, mtu in (("eth0", 9000), ("wg0", 1400), ("mv-3", 1280), ("unused", 1300)):
+        (devices / name).mkdir(parents=True)
+        (devices / name / "mtu").write_text(f"{mtu}\n")
+    routes = tmp_path / "route"
+    lines = ["Iface\tDestination\tGateway", *(f"{name}\t0\t0" for name in ("eth0", "wg0", "mv-3", "gone"))]
+    routes.write_text("\n".join(lines) + "\n")
+    assert least_mtu(routes, devices) == 1400
+    text = ruleset(1000, ["eth0"], mtu=1400)
+    assert (
+        'oifname "mv-*" meta nfproto ipv4 tcp flags & (syn | rst) == syn tcp option maxseg size set 1360'
+        in text
+    )
+    assert "maxseg size set 1340" in text
+    routes.write_text(lines[0] + "\n")
+    assert least_mtu(routes, devices) == 1500
 
 
 def test_the_limit_of_connections_is_a_share_of_the_hosts() -> None:
