@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,9 @@ async def main():
     await asyncio.sleep(60)
 asyncio.run(main())
 """
-    service = subprocess.Popen(["python3", "-c", program], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+    service = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(Path.cwd())}
+    )
     try:
         await until(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text(), 30)
         start = json.loads((tmp_path / "started").read_text())

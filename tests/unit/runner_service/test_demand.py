@@ -99,7 +99,7 @@ def test_jobs_only_move_forward_in_any_order_loss_and_repetition(
         apply(
             books,
             event(job, state, name, float(number)),
-            choose=lambda labels: choose(labels, [TEMPLATE], default="python-ci"),
+            choose=lambda job: choose(job.labels, [TEMPLATE], default="python-ci"),
             scope_of=lambda e: Scope("repository", f"{e.owner}/{e.repo}"),
             now=float(number),
         )
@@ -122,7 +122,7 @@ def test_any_order_of_the_same_events_ends_in_the_same_books(
         apply(
             books,
             event(job, state, "r1", float(number)),
-            choose=lambda labels: choose(labels, [TEMPLATE], default="python-ci"),
+            choose=lambda job: choose(job.labels, [TEMPLATE], default="python-ci"),
             scope_of=lambda e: Scope("repository", "o/r"),
             now=float(number),
         )
@@ -137,7 +137,7 @@ def test_waiting_for_an_approval_is_no_demand_until_it_is_queued() -> None:
     def work(state: str, at: float) -> Job:
         apply(
             books, event(1, state, None, at),
-            choose=lambda labels: choose(labels, [TEMPLATE], default="python-ci"),
+            choose=lambda job: choose(job.labels, [TEMPLATE], default="python-ci"),
             scope_of=lambda e: Scope("repository", "o/r"), now=at,
         )  # fmt: skip
         return books.jobs["github-1"]
@@ -152,7 +152,7 @@ def test_a_job_of_others_is_not_kept() -> None:
     foreign = JobEvent(forge="github", forge_job_id="1", owner="o", repo="r", state="queued",
                        labels=("ubuntu-latest",), seen_at=0.0)  # fmt: skip
     outcome = apply(
-        books, foreign, choose=lambda labels: choose(labels, [TEMPLATE], default="python-ci"),
+        books, foreign, choose=lambda job: choose(job.labels, [TEMPLATE], default="python-ci"),
         scope_of=lambda e: Scope("repository", "o/r"), now=0.0,
     )  # fmt: skip
     assert outcome == "foreign" and not books.jobs
@@ -168,7 +168,7 @@ def test_times_are_the_forges_own_where_it_tells_them() -> None:
         more = told.get(state, {"started_at": 9.0})
         one = msgspec.structs.replace(event(1, state, "r1", at), **more)
         apply(
-            books, one, choose=lambda labels: choose(labels, [TEMPLATE], default="python-ci"),
+            books, one, choose=lambda job: choose(job.labels, [TEMPLATE], default="python-ci"),
             scope_of=lambda e: Scope("repository", "o/r"), now=at,
         )  # fmt: skip
         if state == "queued":
