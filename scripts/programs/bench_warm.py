@@ -21,7 +21,7 @@ from images.mirror import fetch_mirror
 from images.warm import WarmBaked, bake_repository
 from images.warm_plan import Request
 from scripts.programs.measure import Tick
-from scripts.programs.stage import OWNER, TEMPLATE, Stage, make_repository, step_at
+from scripts.programs.stage import OWNER, TEMPLATE, Stage, git, make_repository, step_at
 from tests.acceptance.samples import sample
 from tests.standins.github_state import Job
 from vmm_core.drivers.base import DISK, MEMORY
@@ -68,15 +68,15 @@ async def measure(engine: Engine, parent: Snapshot, progress: Progress, *, quick
 
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="microvm-warm-") as scratch:
-        for name in _TESTED:
-            path = await make_repository(Path(scratch) / name, sample(name))
+        paths = {name: await make_repository(Path(scratch) / name, sample(name)) for name in _TESTED}
+        for name, path in paths.items():
             cold, warm = await _jobs(engine, name, path, plan, tick)
             figures |= {
                 f"warm.{name}_cold_s": cold,
                 f"warm.{name}_warm_s": warm,
                 f"warm.{name}_speedup": cold / warm,
             }
-        figures |= await _rebake(engine, Path(scratch) / "python", parent, plan, tick)
+        figures |= await _rebake(engine, paths["python"], parent, plan, tick)
         figures |= await _keys(Path(scratch), plan, tick)
     return figures
 
@@ -151,8 +151,7 @@ async def _rebake(engine: Engine, path: Path, base: Snapshot, plan: Plan, tick: 
 def _lock(path: Path, lines: Sequence[str]) -> None:
     """Commit these locked packages."""
     (path / "requirements.txt").write_text("\n".join([*lines, ""]))
-    identity = ("-c", "user.name=Octo", "-c", "user.email=octo@localhost", "-c", "commit.gpgsign=false")
-    subprocess.run(["git", *identity, "commit", "-qam", "lock"], cwd=path, check=True, timeout=60)
+    git(path, "commit", "-qam", "lock")
 
 
 async def _forks(engine: Engine, base: Snapshot, child: Snapshot, plan: Plan, tick: Tick) -> dict[str, float]:

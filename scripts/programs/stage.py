@@ -8,6 +8,7 @@ import contextlib
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -105,16 +106,18 @@ async def make_repository(directory: Path, files: Mapping[str, str] = FILES) -> 
     for name, text in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(text)
-    identity = ("-c", "user.name=Octo", "-c", "user.email=octo@localhost", "-c", "commit.gpgsign=false")
-    for arguments in (
-        ("init", "-q", "-b", "main"),
-        ("add", "."),
-        (*identity, "commit", "-q", "-m", "A greeting"),
-    ):
-        process = await asyncio.create_subprocess_exec("git", *arguments, cwd=path)
-        if await process.wait() != 0:
-            raise StageError(f"git {' '.join(arguments)} failed")
+    for arguments in (("init", "-q", "-b", "main"), ("add", "."), ("commit", "-q", "-m", "A greeting")):
+        await asyncio.to_thread(git, path, *arguments)
     return path
+
+
+def git(path: Path, *arguments: str) -> str:
+    """What git says, run in ``path`` as a user of the stage."""
+    identity = ("-c", "user.name=Octo", "-c", "user.email=octo@localhost", "-c", "commit.gpgsign=false")
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=path, check=True, capture_output=True, text=True, timeout=60
+    )
+    return done.stdout.strip()
 
 
 class Stage:

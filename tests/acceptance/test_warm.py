@@ -1,7 +1,6 @@
 """Warm parents as users meet them: a push is baked by itself, and unchanged workflows find everything in place."""
 
 import json
-import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from scripts.programs.stage import OWNER, Stage, make_repository
+from scripts.programs.stage import OWNER, Stage, git, make_repository
 from tests.acceptance.conftest import eventually_async, gone, told
 from tests.acceptance.samples import sample
 from tests.standins.github_state import Job
@@ -62,12 +61,12 @@ class Project:
         self.path = path
 
     def commit(self, files: Mapping[str, str], branch: str = "main") -> str:
-        self._git("checkout", "-q", "-B", branch)
+        git(self.path, "checkout", "-q", "-B", branch)
         for name, text in files.items():
             (self.path / name).write_text(text)
-        self._git("add", "-A")
-        self._git("commit", "-q", "-m", "change")
-        return self._git("rev-parse", "HEAD")
+        git(self.path, "add", "-A")
+        git(self.path, "commit", "-q", "-m", "change")
+        return git(self.path, "rev-parse", "HEAD")
 
     async def push(self, branch: str = "main") -> None:
         await self.stage.forge.push(OWNER, self.name, branch)
@@ -90,18 +89,6 @@ class Project:
         run = await self.stage.forge.queue_run(OWNER, self.name, ref, workflow=CI)
         story = await gone(self.stage, run.jobs[0])
         return run.jobs[0], story, self.stage.forge.log(run.jobs[0].id)
-
-    def _git(self, *arguments: str) -> str:
-        identity = ("-c", "user.name=Octo", "-c", "user.email=octo@localhost", "-c", "commit.gpgsign=false")
-        done = subprocess.run(
-            ["git", *identity, *arguments],
-            cwd=self.path,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        return done.stdout.strip()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import base64
 import mmap
 import re
-import subprocess
 import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from images.events import BakeEvent
 from images.warm import WarmBaked, bake_repository
 from images.warm_guest import work_folder
 from images.warm_plan import Request
-from scripts.programs.stage import runner_recipe
+from scripts.programs.stage import git, runner_recipe
 from vmm_core.drivers.base import DISK, MEMORY
 from vmm_core.engine import Engine
 from vmm_core.errors import WrongOwner
@@ -37,20 +36,8 @@ class Repository:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir()
-        self.git("init", "-q", "-b", "main")
+        git(self.path, "init", "-q", "-b", "main")
         self.commit({"README.md": "A repository.\n", "requirements.txt": f"{SECOND}\n"})
-
-    def git(self, *arguments: str) -> str:
-        identity = ("-c", "user.name=Octo", "-c", "user.email=octo@localhost", "-c", "commit.gpgsign=false")
-        done = subprocess.run(
-            ["git", *identity, *arguments],
-            cwd=self.path,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        return done.stdout.strip()
 
     def commit(self, files: dict[str, str | None]) -> str:
         for name, text in files.items():
@@ -60,9 +47,9 @@ class Repository:
                 path.unlink()
             else:
                 path.write_text(textwrap.dedent(text))
-        self.git("add", "-A")
-        self.git("commit", "-q", "--allow-empty", "-m", "change")
-        return self.git("rev-parse", "HEAD")
+        git(self.path, "add", "-A")
+        git(self.path, "commit", "-q", "--allow-empty", "-m", "change")
+        return git(self.path, "rev-parse", "HEAD")
 
 
 class Warmer:
@@ -118,7 +105,7 @@ async def test_a_fork_finds_the_checkout_and_the_dependencies_without_any_networ
     del nothing_left
     made = await warm()
     assert (made.name, made.cache_hit, made.incremental) == (f"{NAME}@main", False, False)
-    assert made.commit == warm.repository.git("rev-parse", "HEAD")
+    assert made.commit == git(warm.repository.path, "rev-parse", "HEAD")
     parent = engine.snapshots.resolve(made.name)
     assert parent.digest == made.digest
     assert parent.manifest.base == warm.base.digest
@@ -136,7 +123,7 @@ async def test_a_fork_finds_the_checkout_and_the_dependencies_without_any_networ
 
 async def test_the_same_key_is_baked_once_and_serves_every_branch(warm: Warmer, engine: Engine) -> None:
     first = await warm()
-    warm.repository.git("checkout", "-q", "-b", "topic/one")
+    git(warm.repository.path, "checkout", "-q", "-b", "topic/one")
     warm.repository.commit({"README.md": "Changed, but no lock file.\n"})
     second = await warm(ref="topic/one")
     assert (second.name, second.cache_hit, second.digest) == (f"{NAME}@topic/one", True, first.digest)
