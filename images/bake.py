@@ -38,10 +38,10 @@ BAKE = "bake"
 # Where the files of a just-in-time configuration really are: in memory, where writing them is quick (it is on
 # the way of every job) and where no disk ever holds them.
 RUNNER_FILES = "/run/runner"
-RUNNER_FILE_NAMES = (".runner", ".credentials", ".credentials_rsaparams")
+_RUNNER_FILE_NAMES = (".runner", ".credentials", ".credentials_rsaparams")
 _LINK_FILES = f"""
 install -d -o runner -g runner -m 700 {RUNNER_FILES}
-for file in {" ".join(RUNNER_FILE_NAMES)}; do
+for file in {" ".join(_RUNNER_FILE_NAMES)}; do
     ln -sfn {RUNNER_FILES}/$file {rootfs.RUNNER_DIR}/$file
 done
 """
@@ -69,7 +69,7 @@ async def bake(
     """Make the template of a recipe, or find the one already made of the same inputs, and name it.
 
     ``force`` bakes again; the name then means the new one. Not ``named``, it is for its children alone: no label
-    finds it, and it goes when they have gone. Raises RecipeError, BuildFailed, BakeFailed, and
+    finds it, and pruning may take it once nothing stands on it. Raises RecipeError, BuildFailed, BakeFailed, and
     VmmError where the host is unfit (HostUnfit: no memory, pool full, no QEMU).
     """
     return await _Bake(engine, recipe, progress).run(force=force, named=named)
@@ -101,6 +101,11 @@ async def sweep(engine: Engine, cache: Cache) -> None:
 def lock_name(inputs: str) -> str:
     """The lock that who bakes these inputs holds."""
     return f"template-{inputs}"
+
+
+def runner_blanks(directory: str | None) -> list[str]:
+    """The files the first command of a fork is started with, in its runner's directory for them (None: no runner)."""
+    return [] if directory is None else [f"{directory}/{name}" for name in _RUNNER_FILE_NAMES]
 
 
 class _Bake:
@@ -168,9 +173,7 @@ class _Bake:
                     labels=self._labels(plan, version),
                     # Forks are open to what jobs may reach, not to what the warm steps needed.
                     network=job_network,
-                    blanks=[]
-                    if version is None
-                    else [f"{RUNNER_FILES}/{name}" for name in RUNNER_FILE_NAMES],
+                    blanks=runner_blanks(None if version is None else RUNNER_FILES),
                 )
 
     async def _promote(self, snapshot: Snapshot, why: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from images import warm_guest
-from images.bake import BAKE, RUNNER_FILE_NAMES, lock_name, sweep
+from images.bake import BAKE, lock_name, runner_blanks, sweep
 from images.cache import Cache
 from images.catalog import (
     BAKED_FROM,
@@ -178,7 +178,7 @@ class _WarmBake:
                     digest=_new_digest(plan),
                     labels=self._labels(plan, tools[-1] if tools else "{}"),
                     network=plan.jobs,
-                    blanks=_blanks(plan.base),
+                    blanks=runner_blanks(plan.base.manifest.labels.get("runner.files")),
                     owner=self._request.owner,
                 )
 
@@ -277,12 +277,6 @@ class _WarmBake:
             LOCKFILES: msgspec.json.encode(files).decode(),
             TOOLS: tools,
         }
-
-
-def _blanks(base: Snapshot) -> list[str]:
-    """The files the first command of a fork is started with, where the base has a runner."""
-    directory = base.manifest.labels.get("runner.files")
-    return [] if directory is None else [f"{directory}/{name}" for name in RUNNER_FILE_NAMES]
 
 
 def _with_tool(install: Install) -> str:

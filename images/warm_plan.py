@@ -4,6 +4,7 @@ mirror ──► .microvm.yml of the default branch ──► base template ─�
                                                                                  └──► the parent to start from
 """
 
+import asyncio
 import fnmatch
 import hashlib
 import re
@@ -134,7 +135,7 @@ async def make_warm_plan(
         except BadRequest as error:
             raise RecipeError(str(error), file=CONFIG, key="egress") from None
     with steps.step("key") as step:
-        found = inventory(mirror.path, commit.sha)
+        found = await asyncio.to_thread(inventory, mirror.path, commit.sha)
         # Of the template: what the repository wants of its own above that stands in ``config``. So the service, which
         # knows no own base before it is baked, comes to the same key.
         key = dependency_key(
