@@ -44,9 +44,10 @@ def main() -> int:
     key = order.get("key") or json.loads((directory / "keys.json").read_text())[commit]
     digest = f"{abs(hash((name, key, time.time()))):064x}"[-64:]
     made = {"name": name, "digest": digest, "key": key, "commit": commit}
+    base = (directory / "base").read_text()
     (directory / "baked").mkdir(exist_ok=True)
     draft = directory / f".{os.getpid()}"
-    draft.write_text(json.dumps(made))
+    draft.write_text(json.dumps({**made, "base": base}))
     draft.replace(directory / "baked" / f"{time.time_ns()}.json")
     steps = [{"step": "fetch", "seconds": 0.1}, {"step": "install", "seconds": 0.2}]
     print(

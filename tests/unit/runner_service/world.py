@@ -126,6 +126,7 @@ class World:
             for one, words in found.commits.items()
         }
         (self.directory / "keys.json").write_bytes(msgspec.json.encode(keys))
+        (self.directory / "base").write_text(self.host.templates[0].digest)
 
     def repository(self, name: str, default_branch: str) -> Repository:
         """The row of a repository that was heard of."""
@@ -382,7 +383,7 @@ class Catalog:
                         made.key,
                         commit=made.commit,
                         digest=made.digest,
-                        base=self._host.templates[0],
+                        base=msgspec.structs.replace(self._host.templates[0], digest=made.base),
                     )
                 )
                 self._host.snapshots.add(made.digest)
@@ -408,6 +409,7 @@ class Made(msgspec.Struct):
     digest: str
     key: str
     commit: str
+    base: str
 
 
 def parent(name: str, key: str, *, commit: str = "", digest: str = "", base: Template = TEMPLATE) -> Parent:
