@@ -6,8 +6,10 @@ The named queries are the only way to the database, so what holds here holds for
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from importlib import resources
 from pathlib import Path
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
@@ -258,16 +260,28 @@ async def test_the_migrations_make_the_tables_of_the_schema(store: Store) -> Non
         assert await db.run_sync(lambda c: MigrationContext.configure(c).get_current_revision()) == HEAD
 
 
+def first_version(path: Path, row: Runner) -> None:
+    """A database as the first version made and filled it: by its own migration, with the columns it had."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    migrations = resources.files("runner_service.store") / "migrations"
+    config.set_main_option("script_location", str(migrations))
+    engine = sa.create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    with engine.begin() as connection:
+        table = sa.Table("runners", sa.MetaData(), autoload_with=connection)
+        values = msgspec.structs.asdict(row) | {"labels": msgspec.json.encode(row.labels).decode()}
+        connection.execute(sa.insert(table), {name: values[name] for name in table.columns.keys()})
+    engine.dispose()
+
+
 async def test_a_database_of_the_first_version_keeps_its_rows(tmp_path: Path) -> None:
+    first_version(tmp_path / "old.db", runner(1))
     url = sqlite_url(tmp_path / "old.db")
-    async with Store.open(url) as opened, opened.writing() as db:
-        await q.add_runners(db, [runner(1)])
-        await db.execute(sa.text("DROP TABLE endings"))
-        for table in ("bakes", "commit_keys", "heads", "repositories"):
-            await db.execute(sa.text(f"DROP TABLE {table}"))
-        for column in ("usage", "parent"):
-            await db.execute(sa.text(f"ALTER TABLE runners DROP COLUMN {column}"))
-        await db.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
     async with Store.open(url) as opened:
         assert await opened.read(q.active_runners) == [runner(1)]
         assert await opened.read(lambda db: q.endings_of(db, ["r1"])) == {}
