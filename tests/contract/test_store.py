@@ -274,8 +274,8 @@ def first_version(path: Path, row: Runner) -> None:
         command.upgrade(config, "0001")
     with engine.begin() as connection:
         table = sa.Table("runners", sa.MetaData(), autoload_with=connection)
-        values = msgspec.structs.asdict(row) | {"labels": msgspec.json.encode(row.labels).decode()}
-        connection.execute(sa.insert(table), {name: values[name] for name in table.columns.keys()})
+        values = msgspec.structs.asdict(row)
+        connection.execute(sa.insert(table), {column.name: values[column.name] for column in table.columns})
     engine.dispose()
 
 
