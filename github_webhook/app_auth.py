@@ -1,7 +1,8 @@
 """Credentials for the REST API: a GitHub App (JWT → installation → token) or a personal access token.
 
 An App's key signs a JWT of at most ten minutes; with it an installation's token is fetched, valid for one
-hour and used for fifty-five minutes. One fetch at a time per installation; everyone else waits for it.
+hour and used for fifty-five minutes. One fetch at a time per account; everyone else waits for it and shares its
+outcome. Each account's fetches have a rate-limit bucket of their own: one's trouble does not delay another's.
 Source: GitHub's documentation, "Generating a JSON Web Token (JWT) for a GitHub App" and
 "Generating an installation access token for a GitHub App".
 """
@@ -18,7 +19,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from github_webhook.errors import ForgeError, NotFound, Unauthorized
+from github_webhook.errors import Forbidden, ForgeError, NotFound, NotInstalled, Suspended, Unauthorized
 from github_webhook.rest import Rest, path
 
 JWT_BACKDATE = 60
@@ -121,6 +122,7 @@ class _Token(msgspec.Struct, frozen=True):
 
 class _InstallationAnswer(msgspec.Struct):
     id: int
+    suspended_at: str | None = None
 
 
 class _TokenAnswer(msgspec.Struct):
@@ -151,6 +153,7 @@ class AppAuth:
         self._tokens: dict[int, _Token] = {}
         self._clone_tokens: dict[str, _Token] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._fetching: dict[str, asyncio.Task[_Token]] = {}
 
     def __repr__(self) -> str:
         return f"AppAuth(client_id={self._client_id!r}, <secret key>)"
@@ -161,6 +164,14 @@ class AppAuth:
         # Issued in the past, because GitHub refuses a token "from the future" when clocks differ a little.
         claims = {"iat": now - JWT_BACKDATE, "exp": now + JWT_SECONDS, "iss": self._client_id}
         return {"authorization": f"Bearer {jwt.encode(claims, self._key, algorithm='RS256')}"}
+
+    @property
+    def client_id(self) -> str:
+        return self._client_id
+
+    def knows(self, installation_id: int) -> bool:
+        """Whether an account's installation has this number, as far as it was looked up or learnt."""
+        return installation_id in self._installations.values()
 
     def learn(self, scope: Scope, installation_id: int) -> None:
         """A verified event named the installation of this scope: saves looking it up."""
@@ -176,9 +187,21 @@ class AppAuth:
     async def headers(self, scope: Scope) -> Mapping[str, str]:
         token = self._usable(scope)
         if token is None:
-            async with self._lock(scope.account):
-                token = self._usable(scope) or await self._fetch(scope)
+            # Whoever waits gives up at his own time-out; the fetch ends at those of its calls.
+            token = await asyncio.shield(self._fetching.get(scope.account) or self._start_fetch(scope))
         return {"authorization": f"Bearer {token.value}"}
+
+    def _start_fetch(self, scope: Scope) -> asyncio.Task[_Token]:
+        account = scope.account
+        task = self._fetching[account] = asyncio.create_task(self._fetch(scope), name=f"token-{account}")
+
+        def over(done: asyncio.Task[_Token]) -> None:
+            self._fetching.pop(account, None)
+            # When nobody waits for it any more, its error is nobody's either.
+            _ = done.cancelled() or done.exception()
+
+        task.add_done_callback(over)
+        return task
 
     async def refused(self, scope: Scope, headers: Mapping[str, str]) -> bool:
         """Forget the refused token, unless somebody else has replaced it already."""
@@ -205,7 +228,7 @@ class AppAuth:
                     self._clone_tokens.clear()
                 narrow = {"repositories": [repo], "permissions": {"contents": "read"}}
                 token = self._clone_tokens[name] = await self._with_installation(
-                    scope, lambda number: self._new_token(number, narrow)
+                    scope, lambda number: self._new_token(scope, number, narrow)
                 )
         return CloneCredential(CLONE_USER, token.value)
 
@@ -218,7 +241,7 @@ class AppAuth:
 
     async def _fetch(self, scope: Scope) -> _Token:
         async def kept(installation_id: int) -> _Token:
-            token = self._tokens[installation_id] = await self._new_token(installation_id)
+            token = self._tokens[installation_id] = await self._new_token(scope, installation_id)
             return token
 
         return await self._with_installation(scope, kept)
@@ -239,33 +262,51 @@ class AppAuth:
     async def _look_up(self, scope: Scope) -> int:
         try:
             answer = await self._rest.call(
-                "GET", f"{scope.path}/installation", headers=self.app_headers(), bucket="app"
+                "GET",
+                f"{scope.path}/installation",
+                headers=self.app_headers(),
+                bucket=f"app of {scope.account}",
             )
         except NotFound as error:
             where = f"{scope.owner}/{scope.repo}" if scope.repo else scope.owner
-            raise NotFound(
+            raise NotInstalled(
                 f"the App {self._client_id} is not installed on {where}: install it there",
                 status=error.status,
                 request_id=error.request_id,
             ) from None
         except Unauthorized as error:
             raise self._wrong_key(error) from None
-        return answer.read(_installation).id
+        found = answer.read(_installation)
+        if found.suspended_at is not None:
+            raise self._suspended(scope.owner, None)
+        return found.id
 
-    async def _new_token(self, installation_id: int, narrow: object = None) -> _Token:
+    async def _new_token(self, scope: Scope, installation_id: int, narrow: object = None) -> _Token:
         """A token of the installation; ``narrow`` is the body that takes repositories and permissions away from it."""
         try:
             answer = await self._rest.call(
                 "POST",
                 path("app", "installations", installation_id, "access_tokens"),
                 headers=self.app_headers(),
-                bucket="app",
+                bucket=f"app of {scope.account}",
                 body=narrow,
             )
         except Unauthorized as error:
             raise self._wrong_key(error) from None
+        except Forbidden as error:
+            # GitHub: 403 "This installation has been suspended".
+            raise (
+                self._suspended(scope.owner, error) if "suspend" in str(error).lower() else error
+            ) from None
         fetched = answer.read(_token)
         return _Token(fetched.token, fetched.expires_at.timestamp())
+
+    def _suspended(self, owner: str, error: ForgeError | None) -> Suspended:
+        return Suspended(
+            f"the installation of the App {self._client_id} on {owner} is suspended: an owner of {owner} can lift that",
+            status=error.status if error is not None else None,
+            request_id=error.request_id if error is not None else None,
+        )
 
     def _wrong_key(self, error: ForgeError) -> Unauthorized:
         return Unauthorized(

@@ -16,7 +16,9 @@
     ForgeError               an outgoing call that did not do what was asked
     ├── Unauthorized           401  credentials are wrong, revoked or expired
     ├── Forbidden              403  a permission is missing
+    │   └── Suspended                the App's installation is suspended
     ├── NotFound               404  no such thing, or not visible to these credentials
+    │   └── NotInstalled             the App is not installed there
     ├── Conflict               409  the name exists already
     ├── Unprocessable          422  the forge understood and refuses
     ├── RateLimited            403/429 with ``retry_at``
@@ -112,7 +114,8 @@ class ForgeError(Exception):
     """Root of the client's errors.
 
     ``status`` is the HTTP status (None when there was no answer), ``request_id`` GitHub's own id of the
-    exchange for a support request, ``retryable`` whether the same call may succeed later by itself.
+    exchange for a support request, ``retryable`` whether the same call may succeed later by itself, ``retry_at``
+    (Unix seconds) when it may be tried again, if that is known: until then no call is made.
     """
 
     code: ClassVar[str] = "forge_error"
@@ -125,11 +128,13 @@ class ForgeError(Exception):
         status: int | None = None,
         request_id: str | None = None,
         retryable: bool = False,
+        retry_at: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.request_id = request_id
         self.retryable = retryable
+        self.retry_at = retry_at
 
 
 class Unauthorized(ForgeError):
@@ -140,8 +145,16 @@ class Forbidden(ForgeError):
     code: ClassVar[str] = "forge_forbidden"
 
 
+class Suspended(Forbidden):
+    code: ClassVar[str] = "forge_suspended"
+
+
 class NotFound(ForgeError):
     code: ClassVar[str] = "forge_not_found"
+
+
+class NotInstalled(NotFound):
+    code: ClassVar[str] = "forge_not_installed"
 
 
 class Conflict(ForgeError):
@@ -153,15 +166,25 @@ class Unprocessable(ForgeError):
 
 
 class RateLimited(ForgeError):
-    """Calls for these credentials must stop until ``retry_at`` (Unix seconds)."""
+    """Calls for these credentials must stop until ``retry_at`` (Unix seconds).
+
+    ``creating``: only those that create something (a secondary limit told to one of them).
+    """
 
     code: ClassVar[str] = "forge_rate_limited"
+    retry_at: float
 
     def __init__(
-        self, message: str, *, retry_at: float, status: int | None = None, request_id: str | None = None
+        self,
+        message: str,
+        *,
+        retry_at: float,
+        status: int | None = None,
+        request_id: str | None = None,
+        creating: bool = False,
     ) -> None:
-        super().__init__(message, status=status, request_id=request_id, retryable=True)
-        self.retry_at = retry_at
+        super().__init__(message, status=status, request_id=request_id, retryable=True, retry_at=retry_at)
+        self.creating = creating
 
 
 class Unavailable(ForgeError):

@@ -1,9 +1,12 @@
 """The GitHub client: just-in-time registrations, the runners that exist, and what GitHub says about jobs.
 
-Every call ends within the time-out (listings: a time-out per page) or raises a ForgeError; see rest.py for
-what is repeated. Unknown fields in answers are ignored.
+Every call ends within the time-out (twice that when a token must be had first; listings: per page) or raises a
+ForgeError; see rest.py for what is repeated, circuit.py for when it is not made at all. Unknown fields in answers
+are ignored.
 """
 
+import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
@@ -13,7 +16,16 @@ import httpx
 import msgspec
 
 from github_webhook.app_auth import Auth, Scope
-from github_webhook.errors import Conflict, NotFound, Unauthorized, Unprocessable
+from github_webhook.circuit import Circuits, Held
+from github_webhook.errors import (
+    Conflict,
+    ForgeError,
+    NotFound,
+    RateLimited,
+    Unauthorized,
+    Unavailable,
+    Unprocessable,
+)
 from github_webhook.events import seconds
 from github_webhook.rest import Answer, Method, Rest, path
 
@@ -181,9 +193,34 @@ class GitHub:
         http: httpx.AsyncClient,
         base_url: str = "https://api.github.com",
         timeout: float = 10.0,
+        circuits: Circuits | None = None,
     ) -> None:
         self._auth = auth
         self._rest = Rest(base_url, http, timeout=timeout)
+        self._timeout = timeout
+        self.circuits = circuits or Circuits()
+
+    def held(self, scope: Scope) -> Held | None:
+        """Why registrations in this scope are not asked for now; None when they may be."""
+        bucket = self._auth.bucket(scope)
+        held = self.circuits.held(bucket, _place(bucket, scope))
+        until = self._rest.limited_until(bucket, creating=True)
+        if held is None and until is not None:
+            return Held(bucket, RateLimited.code, "GitHub's rate limit is reached", until, until)
+        return held
+
+    async def probe(self, scope: Scope) -> None:
+        """One cheap call with this scope's credentials; what it says is kept in ``circuits``. Never raises."""
+        with contextlib.suppress(ForgeError):
+            await self._call("GET", f"{scope.path}/actions/runners", scope, params={"per_page": "1"})
+
+    def lift(self, scope: Scope) -> None:
+        """An event said that the account's calls are welcome again."""
+        self.circuits.lift(self._auth.bucket(scope))
+
+    def hold(self, scope: Scope, error: ForgeError) -> None:
+        """An event said that the account's calls are not welcome any more."""
+        self.circuits.hold(self._auth.bucket(scope), error, scope)
 
     async def generate_jit_config(
         self,
@@ -307,6 +344,35 @@ class GitHub:
         body: object = None,
     ) -> Answer:
         bucket = self._auth.bucket(scope)
+        where = _place(bucket, scope)
+        self.circuits.admit(bucket, where)
+        try:
+            async with asyncio.timeout(self._timeout * 2):
+                answer = await self._authorized(method, target, scope, params, body)
+        except TimeoutError:
+            error = Unavailable(
+                f"{method} {target}: no complete answer within {self._timeout * 2:g} s", retryable=True
+            )
+            self.circuits.failed(bucket, error, place=where, hint=scope)
+            raise error from None
+        except ForgeError as error:
+            self.circuits.failed(bucket, error, place=where, hint=scope)
+            raise
+        except BaseException:
+            self.circuits.abandoned(bucket, where)
+            raise
+        self.circuits.answered(bucket, where)
+        return answer
+
+    async def _authorized(
+        self,
+        method: Method,
+        target: str,
+        scope: Scope,
+        params: Mapping[str, str] | None,
+        body: object,
+    ) -> Answer:
+        bucket = self._auth.bucket(scope)
         headers = await self._auth.headers(scope)
         try:
             return await self._rest.call(
@@ -318,3 +384,8 @@ class GitHub:
                 raise
         headers = await self._auth.headers(scope)
         return await self._rest.call(method, target, headers=headers, bucket=bucket, params=params, body=body)
+
+
+def _place(bucket: str, scope: Scope) -> str:
+    """The scope itself, where only that has trouble."""
+    return f"{bucket} {scope.path}"

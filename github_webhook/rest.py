@@ -4,7 +4,11 @@ What is repeated here, within the deadline: reads and deletes (they say the same
 5xx, a network error or a time-out of one try. A POST is never repeated: its answer may be lost after it
 happened, and only the caller can look (forges.md). Rate limits are never waited out here: RateLimited
 carries ``retry_at``, and until then further calls of the same bucket fail at once without reaching GitHub,
-which bans integrations that keep calling.
+which bans integrations that keep calling. A secondary limit told to a call that creates something holds only
+such calls (it is what GitHub limits: content created a minute), so that runners can still be seen and let go.
+
+Of one bucket at most ``AT_ONCE`` calls are under way (GitHub allows a hundred), so that nobody's slowness takes
+the connections of others.
 """
 
 import asyncio
@@ -34,6 +38,8 @@ API_VERSION = "2022-11-28"
 MAX_ANSWER = 10 << 20
 MAX_REDIRECTS = 3
 SECONDARY_PAUSE = 60.0
+AT_ONCE = 16
+MAX_BUCKETS = 4096
 MAX_PAUSE = 3600.0
 """A rate-limit header that names a moment further away than GitHub's hour is not believed."""
 
@@ -131,7 +137,15 @@ class Rest:
         self._origin = _origin(self._base)
         self._http = http
         self._timeout = timeout
-        self._paused: dict[str, float] = {}
+        self._paused: dict[tuple[str, bool], float] = {}
+        self._limited: dict[str, int] = {}
+        self._slots: dict[str, asyncio.Semaphore] = {}
+
+    def limited_until(self, bucket: str, *, creating: bool) -> float | None:
+        """When calls of the bucket (those that create something, or any) may be made again; None: now."""
+        now = time.time()
+        until = max(self._paused.get((bucket, False), 0.0), self._paused.get((bucket, creating), 0.0))
+        return until if until > now else None
 
     async def call(
         self,
@@ -147,8 +161,8 @@ class Rest:
 
         Raises a ForgeError.
         """
-        self._refuse_while_paused(bucket)
         once = method == "POST"
+        self._refuse_while_paused(bucket, creating=once)
         call = _Call(
             method=method,
             url=self._base + target,
@@ -161,7 +175,9 @@ class Rest:
             timeout=self._timeout if once else self._timeout * 0.4,
         )
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout), self._slot(bucket):
+                # Its wait may have been long enough for others of its kind to be told to stop.
+                self._refuse_while_paused(bucket, creating=once)
                 return await (self._exchange(call) if once else self._repeated(call))
         except TimeoutError:
             raise Unavailable(
@@ -228,25 +244,33 @@ class Rest:
                     request_id=request_id,
                 )
         if 200 <= status < 300:
+            self._limited.pop(bucket, None)
             return Answer(status, request_id, bytes(body), _next_cursor(response))
-        error = _error(what, response, bytes(body))
+        error = _error(what, response, bytes(body), self._limited.get(bucket, 0))
         if isinstance(error, RateLimited):
-            self._pause(bucket, error.retry_at)
+            self._pause(bucket, error)
         raise error
 
-    def _pause(self, bucket: str, until: float) -> None:
-        if len(self._paused) > 1000:
+    def _pause(self, bucket: str, error: RateLimited) -> None:
+        if len(self._paused) > MAX_BUCKETS:
             now = time.time()
             self._paused = {key: at for key, at in self._paused.items() if at > now}
-        self._paused[bucket] = until
+            self._limited = {
+                key: count for key, count in self._limited.items() if (key, True) in self._paused
+            }
+        key = (bucket, error.creating)
+        self._paused[key] = max(error.retry_at, self._paused.get(key, 0.0))
+        self._limited[bucket] = self._limited.get(bucket, 0) + 1
 
-    def _refuse_while_paused(self, bucket: str) -> None:
-        until = self._paused.get(bucket)
-        if until is None:
-            return
-        if until > time.time():
+    def _refuse_while_paused(self, bucket: str, *, creating: bool) -> None:
+        until = self.limited_until(bucket, creating=creating)
+        if until is not None:
             raise RateLimited("still rate limited by GitHub; not called", retry_at=until)
-        del self._paused[bucket]
+
+    def _slot(self, bucket: str) -> asyncio.Semaphore:
+        if len(self._slots) >= MAX_BUCKETS and bucket not in self._slots:
+            self._slots = {key: one for key, one in self._slots.items() if one.locked()}
+        return self._slots.setdefault(bucket, asyncio.Semaphore(AT_ONCE))
 
 
 def _headers(headers: Headers, *, has_body: bool) -> Headers:
@@ -262,8 +286,11 @@ def _worth_repeating(error: Exception) -> bool:
     return isinstance(error, Unavailable)
 
 
-def _error(what: str, response: httpx.Response, body: bytes) -> ForgeError:
-    """The error for an answer that is not 2xx. GitHub's own ``message`` is public text and is passed on."""
+def _error(what: str, response: httpx.Response, body: bytes, limited: int = 0) -> ForgeError:
+    """The error for an answer that is not 2xx. GitHub's own ``message`` is public text and is passed on.
+
+    ``limited``: how often in a row a limit was told before.
+    """
     status = response.status_code
     request_id = response.headers.get("x-github-request-id")
     try:
@@ -272,9 +299,13 @@ def _error(what: str, response: httpx.Response, body: bytes) -> ForgeError:
         said = ""
     text = f"{what}: {status}{f' {said}' if said else ''}"
     if status in (403, 429):
-        retry_at = _retry_at(response, said)
+        retry_at = _retry_at(response, said, limited)
         if retry_at is not None:
-            return RateLimited(text, retry_at=retry_at, status=status, request_id=request_id)
+            primary = response.headers.get("x-ratelimit-remaining") == "0"
+            creating = response.request.method == "POST" and not primary
+            return RateLimited(
+                text, retry_at=retry_at, status=status, request_id=request_id, creating=creating
+            )
     if status in _BY_STATUS:
         return _BY_STATUS[status](text, status=status, request_id=request_id)
     if status >= 500 or status == 408:
@@ -301,23 +332,25 @@ def _next_cursor(response: httpx.Response) -> str | None:
     return next(iter(parse_qs(query).get("cursor", [])), None)
 
 
-def _retry_at(response: httpx.Response, said: str) -> float | None:
+def _retry_at(response: httpx.Response, said: str, limited: int) -> float | None:
     """When to call again (Unix seconds), or None when a 403 is about permissions.
 
-    Order as documented by GitHub: ``retry-after``, else ``x-ratelimit-reset``, else at least a minute.
+    Order as documented by GitHub ("Rate limits for the REST API"): ``retry-after``, else ``x-ratelimit-reset``,
+    else at least a minute, and exponentially longer when it goes on.
     """
     now = time.time()
     after = _delay(response.headers.get("retry-after"), now)
     if after is not None:
         return now + min(after, MAX_PAUSE)
+    pause = min(MAX_PAUSE, SECONDARY_PAUSE * 2.0 ** min(limited, 10))
     headers = response.headers
     if headers.get("x-ratelimit-remaining") == "0":
         reset = headers.get("x-ratelimit-reset", "")
         if reset.isdecimal() and len(reset) < 12:
             return min(max(float(reset), now + 1), now + MAX_PAUSE)
-        return now + SECONDARY_PAUSE
+        return now + pause
     if response.status_code == 429 or "rate limit" in said.lower():
-        return now + SECONDARY_PAUSE
+        return now + pause
     return None
 
 

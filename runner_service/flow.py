@@ -27,7 +27,7 @@ from typing import TypeVar
 
 import structlog
 
-from github_webhook.errors import ForgeError, RateLimited, Unavailable
+from github_webhook.errors import ForgeError, Unavailable
 from runner_service.domain import (
     Answer,
     Done,
@@ -142,7 +142,7 @@ class Flow:
             )
             await self._start(runner, live, vm, registration, template)
         except ForgeError as error:
-            live.retry_at = error.retry_at if isinstance(error, RateLimited) else None
+            live.retry_at = error.retry_at
             return Goto("retiring", f"cannot register with the forge: {error}", error.code)
         except VmmError as error:
             return Goto("retiring", f"cannot start the VM: {error}", error.code)
@@ -242,7 +242,7 @@ class Flow:
             try:
                 registration = await forge.register(runner.scope, name=runner.id, labels=runner.labels)
             except ForgeError as error:
-                if pause is None or not error.retryable or isinstance(error, RateLimited):
+                if pause is None or not error.retryable or error.retry_at is not None:
                     raise
                 live.note(
                     runner, self.clock(), "register again", str(error), f"{pause:g} s after {error.code}"
