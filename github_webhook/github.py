@@ -8,7 +8,7 @@ are ignored.
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Literal, TypeVar
 
@@ -17,6 +17,7 @@ import msgspec
 
 from github_webhook.app_auth import Auth, Scope
 from github_webhook.circuit import Circuits, Held
+from github_webhook.conditional import Conditional
 from github_webhook.errors import (
     Conflict,
     ForgeError,
@@ -27,11 +28,13 @@ from github_webhook.errors import (
     Unprocessable,
 )
 from github_webhook.events import seconds
-from github_webhook.rest import Answer, Method, Rest, path
+from github_webhook.rest import Answer, Limit, Method, Rest, path
 
 PER_PAGE = 100
 MAX_PAGES = 50
 MAX_LABELS = 100
+MAX_RUNS = 200
+"""Runs that one look at a repository goes into."""
 
 _RUNNER_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 T = TypeVar("T")
@@ -83,6 +86,23 @@ class RemoteJob(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float | None
     completed_at: float | None
     html_url: str | None
+
+
+class Untaken(msgspec.Struct, frozen=True):
+    """What a look at a repository found. ``more``: not everything was looked at, go on there.
+
+    ``calls`` were made, of which GitHub counted ``paid`` against the rate limit.
+    """
+
+    jobs: tuple[RemoteJob, ...]
+    more: int | None
+    calls: int
+    paid: int
+
+
+class _Count(msgspec.Struct):
+    calls: int = 0
+    paid: int = 0
 
 
 class _Label(msgspec.Struct):
@@ -177,6 +197,7 @@ _runners = msgspec.json.Decoder(_Runners)
 _runs = msgspec.json.Decoder(_Runs)
 _job = msgspec.json.Decoder(_Job)
 _jobs = msgspec.json.Decoder(_Jobs)
+_TAKEN = frozenset({"in_progress", "completed"})
 
 
 class GitHub:
@@ -199,6 +220,11 @@ class GitHub:
         self._rest = Rest(base_url, http, timeout=timeout)
         self._timeout = timeout
         self.circuits = circuits or Circuits()
+        self._conditional = Conditional()
+
+    def limit(self, owner: str) -> Limit | None:
+        """The primary rate limit for calls to what ``owner`` has, as GitHub told it last; None: nothing is known."""
+        return self._rest.limit(self._auth.bucket(Scope.organization(owner)))
 
     def held(self, scope: Scope) -> Held | None:
         """Why registrations in this scope are not asked for now; None when they may be."""
@@ -296,27 +322,28 @@ class GitHub:
             return None
         return answer.read(_job).public()
 
-    async def queued_jobs(self, owner: str, repo: str) -> list[RemoteJob]:
-        """Every queued job of a repository, oldest run first: one call, and one more per unfinished run.
+    async def untaken_jobs(self, owner: str, repo: str, *, after: int = 0) -> Untaken:
+        """The jobs of a repository that no runner has yet (queued, or waiting for an approval), oldest run first.
 
-        Runs in progress are looked through as well: some of their jobs may still be queued.
+        Three calls, and one more per unfinished run; what has not changed since the last time is not counted by
+        GitHub. At most ``MAX_RUNS`` runs are looked into, beginning behind the run ``after``: ``Untaken.more`` is where
+        to go on. Runs in progress are among them, since some of their jobs may still be queued, and so are waiting
+        ones: a run is as far as its least advanced job. Raises a ForgeError.
         """
         scope = Scope.repository(owner, repo)
+        count = _Count()
         runs: set[int] = set()
-        for status in ("queued", "in_progress"):
-            target = f"{scope.path}/actions/runs"
-            async for page in self._pages(target, scope, _runs, {"status": status}):
-                runs.update(run.id for run in page.workflow_runs)
-                if len(page.workflow_runs) < PER_PAGE:
-                    break
+        for status in ("queued", "in_progress", "waiting"):
+            asked = {"status": status, "exclude_pull_requests": "true"}
+            async for page in self._kept_pages(f"{scope.path}/actions/runs", scope, _run_ids, asked, count):
+                runs.update(page)
+        todo, more = _some(sorted(runs), after)
         found: dict[int, RemoteJob] = {}
-        for run_id in sorted(runs):
+        for run_id in todo:
             target = f"{scope.path}/actions/runs{path(run_id)}/jobs"
-            async for page in self._pages(target, scope, _jobs, {"filter": "latest"}):
-                found.update((job.id, job.public()) for job in page.jobs if job.status == "queued")
-                if len(page.jobs) < PER_PAGE:
-                    break
-        return list(found.values())
+            async for page in self._kept_pages(target, scope, _untaken, {"filter": "latest"}, count):
+                found.update((job.id, job) for job in page)
+        return Untaken(tuple(found.values()), more, count.calls, count.paid)
 
     async def rerun_job(self, owner: str, repo: str, job_id: int) -> None:
         """Ask for a job, and those that need it, to run again. Raises Forbidden while its run is not over."""
@@ -334,6 +361,31 @@ class GitHub:
             asked = {**params, "per_page": str(PER_PAGE), "page": str(number)}
             yield (await self._call("GET", target, scope, params=asked)).read(decoder)
 
+    async def _kept_pages(
+        self,
+        target: str,
+        scope: Scope,
+        read: "Callable[[Answer], tuple[Sequence[T], int]]",
+        params: Mapping[str, str],
+        count: _Count,
+    ) -> AsyncIterator[Sequence[T]]:
+        """What ``read`` takes from each page, of which it also tells the length; unchanged ones are not read again."""
+        bucket = self._auth.bucket(scope)
+        for number in range(1, MAX_PAGES + 1):
+            asked = {**params, "per_page": str(PER_PAGE), "page": str(number)}
+            kept = self._conditional.find(bucket, target, asked)
+            answer = await self._call("GET", target, scope, params=asked, etag=kept.etag if kept else None)
+            count.calls += 1
+            if kept is not None and answer.unchanged:
+                items, length = kept.items, kept.length
+            else:
+                count.paid += 1
+                items, length = read(answer)
+                self._conditional.keep(bucket, target, asked, answer.etag, items, length)
+            yield items
+            if length < PER_PAGE:
+                break
+
     async def _call(
         self,
         method: Method,
@@ -342,13 +394,14 @@ class GitHub:
         *,
         params: Mapping[str, str] | None = None,
         body: object = None,
+        etag: str | None = None,
     ) -> Answer:
         bucket = self._auth.bucket(scope)
         where = _place(bucket, scope)
         self.circuits.admit(bucket, where)
         try:
             async with asyncio.timeout(self._timeout * 2):
-                answer = await self._authorized(method, target, scope, params, body)
+                answer = await self._authorized(method, target, scope, params, body, etag)
         except TimeoutError:
             error = Unavailable(
                 f"{method} {target}: no complete answer within {self._timeout * 2:g} s", retryable=True
@@ -371,21 +424,42 @@ class GitHub:
         scope: Scope,
         params: Mapping[str, str] | None,
         body: object,
+        etag: str | None,
     ) -> Answer:
         bucket = self._auth.bucket(scope)
         headers = await self._auth.headers(scope)
         try:
             return await self._rest.call(
-                method, target, headers=headers, bucket=bucket, params=params, body=body
+                method, target, headers=headers, bucket=bucket, params=params, body=body, etag=etag
             )
         except Unauthorized:
             # A 401 means that nothing happened, so even a POST may be sent again, with a fresh token.
             if not await self._auth.refused(scope, headers):
                 raise
         headers = await self._auth.headers(scope)
-        return await self._rest.call(method, target, headers=headers, bucket=bucket, params=params, body=body)
+        return await self._rest.call(
+            method, target, headers=headers, bucket=bucket, params=params, body=body, etag=etag
+        )
 
 
 def _place(bucket: str, scope: Scope) -> str:
     """The scope itself, where only that has trouble."""
     return f"{bucket} {scope.path}"
+
+
+def _run_ids(answer: Answer) -> tuple[Sequence[int], int]:
+    page = answer.read(_runs)
+    return tuple(run.id for run in page.workflow_runs), len(page.workflow_runs)
+
+
+def _untaken(answer: Answer) -> tuple[Sequence[RemoteJob], int]:
+    page = answer.read(_jobs)
+    return tuple(job.public() for job in page.jobs if job.status not in _TAKEN), len(page.jobs)
+
+
+def _some(runs: Sequence[int], after: int) -> tuple[Sequence[int], int | None]:
+    """At most ``MAX_RUNS`` of ``runs`` behind ``after``, and behind which to go on when there are others."""
+    rest = [run for run in runs if run > after]
+    if len(rest) > MAX_RUNS:
+        return rest[:MAX_RUNS], rest[MAX_RUNS - 1]
+    return rest, None

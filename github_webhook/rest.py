@@ -49,12 +49,18 @@ T = TypeVar("T")
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A 2xx answer. ``body`` may be a secret: it is kept out of the repr."""
+    """A 2xx answer, or 304 to a call that named an ``etag``. ``body`` may be a secret: it is kept out of the repr."""
 
     status: int
     request_id: str | None
     body: bytes
     next_cursor: str | None = None
+    etag: str | None = None
+
+    @property
+    def unchanged(self) -> bool:
+        """GitHub says 304: what was answered with this etag is still so, and the call is not counted."""
+        return self.status == 304
 
     def __repr__(self) -> str:
         return f"Answer(status={self.status}, request_id={self.request_id!r}, <{len(self.body)} bytes>)"
@@ -72,6 +78,14 @@ class Answer(msgspec.Struct, frozen=True):
                 request_id=self.request_id,
                 retryable=True,
             ) from None
+
+
+class Limit(msgspec.Struct, frozen=True):
+    """What GitHub said last of a primary rate limit: calls per hour, calls left, when it begins anew (Unix seconds)."""
+
+    limit: int
+    remaining: int
+    reset_at: float
 
 
 class _Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,12 +154,18 @@ class Rest:
         self._paused: dict[tuple[str, bool], float] = {}
         self._limited: dict[str, int] = {}
         self._slots: dict[str, asyncio.Semaphore] = {}
+        self._limits: dict[str, Limit] = {}
 
     def limited_until(self, bucket: str, *, creating: bool) -> float | None:
         """When calls of the bucket (those that create something, or any) may be made again; None: now."""
         now = time.time()
         until = max(self._paused.get((bucket, False), 0.0), self._paused.get((bucket, creating), 0.0))
         return until if until > now else None
+
+    def limit(self, bucket: str) -> Limit | None:
+        """The rate limit of ``bucket`` as of its last answer; None when nothing is known of this hour."""
+        known = self._limits.get(bucket)
+        return known if known is not None and known.reset_at > time.time() else None
 
     async def call(
         self,
@@ -156,9 +176,12 @@ class Rest:
         bucket: str,
         params: Mapping[str, str] | None = None,
         body: object = None,
+        etag: str | None = None,
     ) -> Answer:
         """One call within the time-out, all tries together. ``bucket`` names who is rate limited together.
 
+        ``etag`` is that of an earlier answer to the same GET with the same credentials: 304 is an answer then. It does
+        not count against the primary rate limit (GitHub's "Best practices for using the REST API").
         Raises a ForgeError.
         """
         once = method == "POST"
@@ -167,7 +190,9 @@ class Rest:
             method=method,
             url=self._base + target,
             what=f"{method} {target}",
-            headers=_headers(headers, has_body=body is not None),
+            headers=_headers(
+                {**headers, **({"if-none-match": etag} if etag else {})}, has_body=body is not None
+            ),
             bucket=bucket,
             params=params,
             content=None if body is None else msgspec.json.encode(body),
@@ -243,13 +268,25 @@ class Rest:
                     status=status,
                     request_id=request_id,
                 )
-        if 200 <= status < 300:
+        self._note_limit(bucket, response.headers)
+        if 200 <= status < 300 or (status == 304 and "if-none-match" in response.request.headers):
             self._limited.pop(bucket, None)
-            return Answer(status, request_id, bytes(body), _next_cursor(response))
+            etag = response.headers.get("etag")
+            return Answer(status, request_id, bytes(body), _next_cursor(response), etag)
         error = _error(what, response, bytes(body), self._limited.get(bucket, 0))
         if isinstance(error, RateLimited):
             self._pause(bucket, error)
         raise error
+
+    def _note_limit(self, bucket: str, headers: httpx.Headers) -> None:
+        """Servers without limits (GHES by default) say nothing; resources other than "core" have their own."""
+        limit = _limit(headers)
+        if limit is None or headers.get("x-ratelimit-resource", "core") != "core":
+            return
+        if len(self._limits) > MAX_BUCKETS:
+            now = time.time()
+            self._limits = {key: known for key, known in self._limits.items() if known.reset_at > now}
+        self._limits[bucket] = limit
 
     def _pause(self, bucket: str, error: RateLimited) -> None:
         if len(self._paused) > MAX_BUCKETS:
@@ -330,6 +367,15 @@ def _next_cursor(response: httpx.Response) -> str | None:
     except ValueError:
         return None
     return next(iter(parse_qs(query).get("cursor", [])), None)
+
+
+def _limit(headers: httpx.Headers) -> Limit | None:
+    """The primary rate limit an answer tells of; a reset further away than GitHub's hour is not believed."""
+    told = [headers.get(f"x-ratelimit-{name}", "") for name in ("limit", "remaining", "reset")]
+    if not all(text.isdecimal() and len(text) < 12 for text in told):
+        return None
+    limit, remaining, reset = map(int, told)
+    return Limit(limit, remaining, min(float(reset), time.time() + MAX_PAUSE))
 
 
 def _retry_at(response: httpx.Response, said: str, limited: int) -> float | None:

@@ -13,6 +13,7 @@ from github_webhook.app_auth import AppAuth, Scope, TokenAuth
 from github_webhook.deliveries import Deliveries
 from github_webhook.errors import Conflict, Forbidden, NotFound, Unavailable, Unprocessable
 from github_webhook.github import GitHub
+from github_webhook.reach import Reach
 from github_webhook.rest import clone_url
 from tests.standins.github_official import openapi
 from tests.standins.github_world import LABELS, OWNER, REPO, SCOPE, ForgeWorld, forge_world, make_repository
@@ -189,19 +190,19 @@ async def test_a_busy_runner_is_neither_deleted_nor_replaced(world: World) -> No
     )
 
 
-async def test_queued_jobs_are_found_in_every_unfinished_run(world: World) -> None:
+async def test_untaken_jobs_are_found_in_every_unfinished_run(world: World) -> None:
     run = await world.forge.queue_run(OWNER, REPO)
     again = await world.forge.queue_run(OWNER, REPO)
     one, two = run.jobs
     runner = world.forge.actions.register("repository", OWNER, REPO, "r1", ["microvm"], "_work")
     world.forge.actions.open_session(runner, "2.329.0")
     world.forge.actions.acquire(runner, one)
-    queued = await world.github.queued_jobs(OWNER, REPO)
+    queued = (await world.github.untaken_jobs(OWNER, REPO)).jobs
     assert [job.id for job in queued] == [two.id, *(job.id for job in again.jobs)]
     assert queued[0].labels == ("microvm", "gpu") and queued[0].run_attempt == 1
     assert queued[0].head_sha == run.sha and queued[0].created_at is not None
     world.forge.actions.complete(runner, one, "success", [])
-    assert [job.name for job in await world.github.queued_jobs(OWNER, REPO)][:2] == ["two", "late"]
+    assert [job.name for job in (await world.github.untaken_jobs(OWNER, REPO)).jobs][:2] == ["two", "late"]
     assert await world.github.get_job(OWNER, REPO, 4711) is None
 
 
@@ -213,7 +214,7 @@ async def test_more_than_a_page(world: World) -> None:
     assert found is not None and found.name == "r100"
     for _ in range(51):
         await world.forge.queue_run(OWNER, REPO)
-    assert len(await world.github.queued_jobs(OWNER, REPO)) == 102
+    assert len((await world.github.untaken_jobs(OWNER, REPO)).jobs) == 102
 
 
 async def test_run_a_job_again(world: World) -> None:
@@ -222,7 +223,7 @@ async def test_run_a_job_again(world: World) -> None:
         await world.github.rerun_job(OWNER, REPO, run.jobs[0].id)
     world.forge.actions.cancel(run)
     await world.github.rerun_job(OWNER, REPO, run.jobs[0].id)
-    (queued,) = await world.github.queued_jobs(OWNER, REPO)
+    (queued,) = (await world.github.untaken_jobs(OWNER, REPO)).jobs
     assert queued.run_attempt == 2 and queued.id != run.jobs[0].id
 
 
@@ -231,7 +232,7 @@ async def test_what_is_not_there(world: World) -> None:
     with pytest.raises(NotFound):
         await world.github.generate_jit_config(nowhere, name="r1", labels=LABELS)
     with pytest.raises(NotFound):
-        await world.github.queued_jobs(OWNER, "nowhere")
+        await world.github.untaken_jobs(OWNER, "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -296,6 +297,89 @@ async def test_lost_deliveries_are_found_and_sent_again(world: World) -> None:
     assert await deliveries.lost(since=time.time() + 60) == []
     await deliveries.redeliver(lost[0].id)
     assert hooks.sent[-1].guid == lost[0].guid and hooks.sent[-1].redelivery
+
+
+async def test_an_unchanged_listing_costs_nothing_of_the_rate_limit(world: World) -> None:
+    run = await world.forge.queue_run(OWNER, REPO)
+    first = await world.github.untaken_jobs(OWNER, REPO)
+    assert [job.id for job in first.jobs] == [job.id for job in run.jobs] and first.paid == first.calls == 4
+    limit = world.github.limit(OWNER)
+    assert limit is not None and (limit.limit, limit.remaining) == (5000, 4996)
+    again = await world.github.untaken_jobs(OWNER, REPO)
+    assert again.jobs == first.jobs and (again.calls, again.paid) == (4, 0)
+    assert world.github.limit(OWNER) == limit
+    assert [call for call in world.checked.checked[-4:] if not call.endswith(" 304")] == []
+    # A job moved on, and its run with it.
+    runner = world.forge.actions.register("repository", OWNER, REPO, "r1", ["microvm"], "_work")
+    world.forge.actions.open_session(runner, "2.329.0")
+    world.forge.actions.acquire(runner, run.jobs[0])
+    changed = await world.github.untaken_jobs(OWNER, REPO)
+    assert [job.id for job in changed.jobs] == [run.jobs[1].id] and changed.paid == 3
+
+
+async def test_an_etag_is_good_for_its_token_only(world: World) -> None:
+    app = world.forge.add_app(OWNER)
+    auth = AppAuth(
+        client_id=app.client_id,
+        private_key_pem=app.private_key_pem,
+        http=world.http,
+        base_url=world.forge.url,
+    )
+    github = GitHub(auth=auth, http=world.http, base_url=world.forge.url)
+    await world.forge.queue_run(OWNER, REPO)
+    first = await github.untaken_jobs(OWNER, REPO)
+    assert (await github.untaken_jobs(OWNER, REPO)).paid == 0
+    await auth.refused(SCOPE, await auth.headers(SCOPE))
+    renewed = await github.untaken_jobs(OWNER, REPO)
+    assert renewed.jobs == first.jobs and renewed.paid == renewed.calls
+    # The hour's calls are the installation's, whichever its token.
+    limit = github.limit(OWNER)
+    assert limit is not None and limit.remaining == 5000 - 2 * first.calls
+
+
+async def test_jobs_that_wait_for_an_approval_are_found_as_such(tmp_path: Path) -> None:
+    workflow = (
+        "jobs:\n"
+        "  gated: {runs-on: microvm, environment: production, steps: [{run: 'true'}]}\n"
+        "  free: {runs-on: microvm, steps: [{run: 'true'}]}\n"
+    )
+    async with forge_world(tmp_path, workflow) as world:
+        await world.forge.queue_run(OWNER, REPO)
+        found = (await world.github.untaken_jobs(OWNER, REPO)).jobs
+        assert [(job.name, job.status) for job in found] == [("gated", "waiting"), ("free", "queued")]
+
+
+async def test_a_look_goes_on_where_its_bound_ended_the_last(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("github_webhook.github.MAX_RUNS", 2)
+    runs = [await world.forge.queue_run(OWNER, REPO) for _ in range(3)]
+    first = await world.github.untaken_jobs(OWNER, REPO)
+    assert {job.run_id for job in first.jobs} == {run.id for run in runs[:2]} and first.more == runs[1].id
+    second = await world.github.untaken_jobs(OWNER, REPO, after=runs[1].id)
+    assert {job.run_id for job in second.jobs} == {runs[2].id} and second.more is None
+
+
+async def test_what_an_app_reaches(world: World) -> None:
+    await world.forge.add_repository(make_repository(world.tmp / "other"), owner=OWNER)
+    await world.forge.add_repository(make_repository(world.tmp / "foreign"), owner="elsewhere")
+    app = world.forge.add_app(OWNER)
+    auth = AppAuth(
+        client_id=app.client_id,
+        private_key_pem=app.private_key_pem,
+        http=world.http,
+        base_url=world.forge.url,
+    )
+    reach = Reach(auth=auth, http=world.http, base_url=world.forge.url)
+    assert await reach.owners() == [OWNER]
+    assert [found.repo for found in await reach.repositories(OWNER)] == [REPO, "other"]
+
+
+async def test_what_a_token_reaches(world: World) -> None:
+    await world.forge.add_repository(make_repository(world.tmp / "foreign"), owner="elsewhere")
+    reach = Reach(auth=TokenAuth(world.forge.token), http=world.http, base_url=world.forge.url)
+    assert await reach.owners() == [OWNER, "elsewhere"]
+    assert [found.repo for found in await reach.repositories("Elsewhere")] == ["foreign"]
 
 
 async def test_limits_are_told_and_kept(world: World) -> None:

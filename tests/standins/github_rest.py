@@ -1,5 +1,6 @@
 """The REST routes of the stand-in GitHub, with its ways of refusing; under ``/api/v3`` too, as GHES."""
 
+import hashlib
 import re
 import secrets
 import time
@@ -28,6 +29,21 @@ class App:
     client_id: str
     public_key: Any
     installations: dict[int, str] = field(default_factory=dict)
+    hours: dict[int, "Hour"] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Hour:
+    """A primary rate limit: that of an installation, whatever its tokens, or that of a personal token."""
+
+    remaining: int
+    reset_at: float = field(default_factory=lambda: time.time() + 3600.0)
+
+    def left(self, calls_an_hour: int) -> int:
+        """Calls left; a new hour begins when the last is over."""
+        if time.time() >= self.reset_at:
+            self.remaining, self.reset_at = calls_an_hour, time.time() + 3600.0
+        return self.remaining
 
 
 @dataclass(slots=True)
@@ -39,7 +55,7 @@ class Token:
 
     owner: str | None
     expires_at: float
-    remaining: int = 5000
+    hour: Hour = field(default_factory=lambda: Hour(5000))
     repositories: frozenset[str] | None = None
     permissions: dict[str, str] | None = None
 
@@ -88,6 +104,7 @@ class Rest:
         self.tokens: dict[str, Token] = {}
         self.apps: dict[str, App] = {}
         self.token_seconds = 3600.0
+        self.calls_an_hour = 5000
         self._jit_config = jit_config
 
     async def handle(self, request: Request) -> Response | None:
@@ -113,10 +130,25 @@ class Rest:
                 self._visible(token, parts)
                 if token.permissions is not None and "administration" not in token.permissions:
                     raise Refused(403, "Resource not accessible by integration")
-            response = await handler(request, token, **parts)
+            response = self._conditional(request, token, await handler(request, token, **parts))
         except Refused as refusal:
             response = answer(refusal.status, _problem(refusal.status, refusal.message))
+        if isinstance(token, Token) and response.status != 304 and token.hour.remaining > 0:
+            token.hour.remaining -= 1
         response.headers.update(self._limits(token))
+        return response
+
+    def _conditional(self, request: Request, token: object, response: Response) -> Response:
+        """Every JSON answer to a GET has a weak ETag that differs with the token; 304 has no body and no ``link``."""
+        if request.method != "GET" or response.status != 200 or not isinstance(response.body, bytes):
+            return response
+        who = request.headers.get("authorization", "").encode()
+        etag = f'W/"{hashlib.sha256(who + request.raw_path.encode() + response.body).hexdigest()}"'
+        kept = {"etag": etag, "cache-control": "private, max-age=60", "vary": "Accept, Authorization, Cookie"}
+        asked = [one.strip() for one in request.headers.get("if-none-match", "").split(",")]
+        if isinstance(token, Token) and etag in asked:
+            return Response(304, b"", kept)
+        response.headers.update(kept)
         return response
 
     # -- who calls -------------------------------------------------------------------------------
@@ -129,9 +161,8 @@ class Rest:
         if token is not None:
             if token.expires_at < time.time():
                 raise Refused(401, "Bad credentials")
-            if token.remaining <= 0:
+            if token.hour.left(self.calls_an_hour) <= 0:
                 raise Refused(403, "API rate limit exceeded for installation.")
-            token.remaining -= 1
             return token
         if value.count(".") == 2 and not value.startswith("ghs_"):
             return self._app(value)
@@ -154,20 +185,24 @@ class Rest:
 
     def _visible(self, token: Token, parts: dict[str, str]) -> None:
         owner = parts.get("owner") or parts.get("org")
+        if not parts:
+            return
         if token.owner is not None and (owner is None or token.owner.lower() != owner.lower()):
             raise Refused(404, "Not Found")
         if "repo" in parts and f"{owner}/{parts['repo']}".lower() not in self.actions.repositories:
             raise Refused(404, "Not Found")
 
     def _limits(self, token: "Token | App | None") -> dict[str, str]:
-        remaining = token.remaining if isinstance(token, Token) else 5000
+        limit = self.calls_an_hour
+        remaining = min(limit, token.hour.remaining) if isinstance(token, Token) else limit
+        reset_at = token.hour.reset_at if isinstance(token, Token) else time.time() + 1800.0
         return {
             "x-github-request-id": secrets.token_hex(8).upper(),
             "x-github-media-type": "github.v3; format=json",
-            "x-ratelimit-limit": "5000",
-            "x-ratelimit-remaining": str(max(0, remaining)),
-            "x-ratelimit-used": str(5000 - max(0, remaining)),
-            "x-ratelimit-reset": str(int(time.time()) + 1800),
+            "x-ratelimit-limit": str(limit),
+            "x-ratelimit-remaining": str(remaining),
+            "x-ratelimit-used": str(limit - remaining),
+            "x-ratelimit-reset": str(int(reset_at)),
             "x-ratelimit-resource": "core",
         }
 
@@ -201,12 +236,40 @@ class Rest:
         if None in chosen:
             raise Refused(422, "There is at least one repository that does not exist or is not accessible.")
         only = frozenset(name.lower() for name in names) if names is not None else None
-        self.tokens[value] = Token(account, expires_at, repositories=only, permissions=permissions)
+        hour = app.hours.setdefault(_number(installation_id), Hour(self.calls_an_hour))
+        self.tokens[value] = Token(account, expires_at, hour, repositories=only, permissions=permissions)
         document = {"token": value, "expires_at": iso(expires_at), "permissions": permissions or _PERMISSIONS}
         if names is None:
             return answer(201, {**document, "repository_selection": "all"})
         shown = [self.shapes.repository(one) for one in chosen if one is not None]
         return answer(201, {**document, "repository_selection": "selected", "repositories": shown})
+
+    @_route("GET", "/app/installations")
+    async def installations(self, request: Request, who: object) -> Response:
+        app = _as_app(who)
+        shown = [
+            self.shapes.installation(number, owner, app.id) for number, owner in app.installations.items()
+        ]
+        return answer(200, _page(request, shown))
+
+    @_route("GET", "/installation/repositories")
+    async def installation_repositories(self, request: Request, who: object) -> Response:
+        if not isinstance(who, Token) or who.owner is None:
+            raise Refused(403, "You must authenticate with an installation access token")
+        found = [
+            one
+            for one in self.actions.repositories.values()
+            if one.owner.lower() == (who.owner or "").lower()
+        ]
+        page = [self.shapes.repository(one) for one in _page(request, found)]
+        return answer(200, {"total_count": len(found), "repositories": page})
+
+    @_route("GET", "/user/repos")
+    async def user_repositories(self, request: Request, who: object) -> Response:
+        if not isinstance(who, Token) or who.owner is not None:
+            raise Refused(403, "Resource not accessible by integration")
+        found = list(self.actions.repositories.values())
+        return answer(200, [self.shapes.repository(one) for one in _page(request, found)])
 
     @_route("GET", "/app/hook/deliveries")
     async def deliveries(self, request: Request, who: object) -> Response:
