@@ -345,7 +345,22 @@ class Flow:
         reason = f"the runner process {EXIT_MEANING.get(code, 'failed')} (exit code {code})"
         if served:
             return Goto("retiring", reason, "runner_exited")
+        if code == 0 and await self._used_up(runner, live):
+            return Goto("retiring", f"{reason} after a job that no event told of yet", "runner_exited")
         return Goto("retiring", f"{reason} without a job", "runner_failed")
+
+    async def _used_up(self, runner: Runner, live: Live) -> bool:
+        """Whether it served a job nobody told us of: then the forge has let the ephemeral registration go.
+
+        A forge that does not answer is no reason to hold a runner that was online for a failed one.
+        """
+        remote_id = runner.remote_id or live.changes.get("remote_id")
+        if remote_id is None:
+            return False
+        try:
+            return await self._forge(runner).look(runner.scope, remote_id) is None
+        except ForgeError:
+            return live.listening
 
     # ── retiring ─────────────────────────────────────────────────────────────────────────────────
 

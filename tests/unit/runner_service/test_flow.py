@@ -64,6 +64,40 @@ async def test_a_stolen_runner_is_made_up_for(tmp_path: Path) -> None:
     assert "runner taken" in told
 
 
+async def test_a_runner_taken_by_a_job_that_no_event_told_of_is_no_failed_runner(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.host.fork_seconds = 0.05
+    unheard: set[str] = set()
+    world.mangle = lambda event: [] if event.forge_job_id in unheard else [event]
+    async with world.running() as service:
+        first = world.forge.queue()
+        unheard.add(str(int(first.id) + 1))
+        thief = world.forge.queue()
+        world.forge.jobs = {thief.id: thief, first.id: first}
+        await world.until_quiet()
+        story = await service.story(first.id)
+    assert thief.runs == first.runs == 1
+    assert [runner.code for runner in story.runners] == ["runner_exited"] * 2
+    assert "that no event told of yet" in (story.runners[1].reason or "")
+
+
+async def test_a_runner_that_ends_well_without_a_job_is_a_failed_one(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def nothing(*_: object) -> int:
+        return 0
+
+    world.host.programs["Runner.Listener"] = nothing
+    async with world.running() as service:
+        job = world.forge.queue()
+        async with asyncio.timeout(5):
+            while not (runners := (await service.story(job.id)).runners) or runners[-1].code is None:
+                await asyncio.sleep(0.01)
+        assert runners[-1].code == "runner_failed"
+        world.forge.cancel(job)
+        await world.until_quiet()
+
+
 async def test_a_job_cancelled_before_pick_up_releases_its_runner(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.host.fork_seconds = 0.1
