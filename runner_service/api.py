@@ -2,6 +2,7 @@
 
 GET  /healthz  /readyz  /metrics
 GET  /jobs?limit=&state=      GET /jobs/{job}      GET /jobs/{job}/log?offset=&follow=
+GET  /why?job=                the same story as /jobs/{job}; the job may be owner/repo#name or an address too
 GET  /bakes?limit=&repository=   GET /bakes/{bake}    GET /bakes/{bake}/log?offset=&follow=
 GET  /vms                     POST /vms/{vm}/kill
 
@@ -30,6 +31,7 @@ from runner_service import views
 from runner_service.domain import WRITES_LOG, Bake
 from runner_service.joblog import JobLogs
 from runner_service.store import bake_queries as bq
+from runner_service.store import job_search
 from runner_service.store import queries as q
 from runner_service.store.store import Store
 from runner_service.telemetry import Metrics
@@ -146,6 +148,10 @@ class Api:
         async def job_story(job: FromPath[str]) -> views.Story:
             return await self._story(job)
 
+        @get("/why", raises=[NotFoundException])
+        async def why(job: Annotated[str, QueryParameter(min_length=1, max_length=500)]) -> views.Story:
+            return await self._story(job)
+
         @get("/jobs/{job:str}/log", raises=[NotFoundException], media_type=MediaType.TEXT)
         async def job_log(
             job: FromPath[str],
@@ -195,12 +201,13 @@ class Api:
             log.info("vm_killed", vm=vm, by=request.client.host if request.client else None)
             return Killed(vm, "killing")
 
-        return [healthz, readyz, metrics, jobs, job_story, job_log, bakes, one_bake, bake_log, vms, kill]
+        return [healthz, readyz, metrics, jobs, job_story, why, job_log, bakes, one_bake, bake_log, vms, kill]
 
     async def _story(self, ref: str) -> views.Story:
         found = await self.store.read(lambda db: views.story(db, ref))
         if found is None:
-            raise NotFoundException(f"there is no job {ref!r}: see GET /jobs")
+            close = await self.store.read(lambda db: job_search.near(db, ref))
+            raise NotFoundException(job_search.unknown(ref, close, "GET /jobs"))
         return found
 
     async def _bake(self, number: int) -> Bake:

@@ -257,7 +257,10 @@ def jobs(*, limit: int, config: Path | None, data_dir: Path | None, api: str | N
 @api_option
 @json_option
 def why(*, job: str, config: Path | None, data_dir: Path | None, api: str | None, as_json: bool) -> int:
-    """Tell step by step what happened to JOB, and what it waits for."""
+    """Tell where the time of JOB went, what it waits for and what ends that, and every step.
+
+    JOB is an id of `microvm jobs`, the forge's id, the address of its page, a runner, or owner/repo#name (the newest).
+    """
     from runner_service.commands import service  # noqa: PLC0415
 
     return run_async(service.why(settings_of(config, data_dir), api, job, as_json=as_json))

@@ -15,6 +15,7 @@ from runner_service.domain import WRITES_LOG, Bake
 from runner_service.joblog import JobLogs
 from runner_service.settings import Settings, SettingsError
 from runner_service.store import bake_queries as bq
+from runner_service.store import job_search
 
 if TYPE_CHECKING:
     from runner_service.store.store import Store
@@ -108,7 +109,7 @@ class _Api:
         return await self._get("/jobs", list[views.JobView], limit=limit)
 
     async def story(self, job: str) -> views.Story:
-        return await self._get(f"/jobs/{_quoted(job)}", views.Story)
+        return await self._get("/why", views.Story, job=job)
 
     async def vms(self) -> list[views.VmView] | None:
         return await self._get("/vms", list[views.VmView])
@@ -190,7 +191,8 @@ class _Database:
     async def story(self, job: str) -> views.Story:
         found = await self._store.read(lambda db: views.story(db, job))
         if found is None:
-            raise NotThereError(f"there is no job {job!r}: see microvm jobs")
+            close = await self._store.read(lambda db: job_search.near(db, job))
+            raise NotThereError(job_search.unknown(job, close, "microvm jobs"))
         return found
 
     async def vms(self) -> list[views.VmView] | None:

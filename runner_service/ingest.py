@@ -32,12 +32,21 @@ class Books:
         self.runners[runner_id] = msgspec.structs.replace(self.runners[runner_id], **facts)
         self.facts.setdefault(runner_id, {}).update(facts)
 
-    def say(self, job: Job, at: float, step: str, reason: str = "", waits_for: str | None = None) -> None:
-        """A timeline row of a job itself."""
+    def say(
+        self,
+        job: Job,
+        at: float,
+        step: str,
+        reason: str = "",
+        waits_for: str | None = None,
+        *,
+        runner: str | None = None,
+    ) -> None:
+        """A timeline row of a job itself; ``runner`` when it is on one of ours."""
         ms = round((at - job.event_at) * 1000, 1)
         self.lines.append(
             TimelineRow(
-                at=at, job_id=job.id, runner_id=None, step=step, reason=reason, waits_for=waits_for, ms=ms
+                at=at, job_id=job.id, runner_id=runner, step=step, reason=reason, waits_for=waits_for, ms=ms
             )
         )
 
@@ -170,7 +179,7 @@ def _picked_up(books: Books, job: Job, event: JobEvent) -> None:
         _elsewhere(books, job, event, "in progress", "")
         return
     books.put_job(msgspec.structs.replace(job, runner_id=runner.id))
-    books.say(job, event.seen_at, "in progress", f"on runner {runner.id}")
+    books.say(job, event.seen_at, "in progress", f"on runner {runner.id}", runner=runner.id)
     books.tell(runner.id, serving_job_id=job.id)
     if runner.job_id != job.id:
         _swap(books, job, runner, event.seen_at)
@@ -209,7 +218,7 @@ def _completed(books: Books, job: Job, event: JobEvent) -> None:
     if runner is None:
         _elsewhere(books, job, event, "completed", f"{conclusion} ")
         return
-    books.say(job, event.seen_at, "completed", f"{conclusion} on runner {runner.id}")
+    books.say(job, event.seen_at, "completed", f"{conclusion} on runner {runner.id}", runner=runner.id)
     if job.runner_id != runner.id:
         books.put_job(msgspec.structs.replace(job, runner_id=runner.id))
     books.tell(runner.id, serving_job_id=job.id, job_done_at=event.seen_at)

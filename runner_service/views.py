@@ -1,5 +1,6 @@
 """What the API and the command line show of jobs, runners and VMs: the same values for both."""
 
+import time
 from pathlib import Path
 
 import msgspec
@@ -7,7 +8,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from runner_service.domain import Bake, Ending, Job, Runner, TimelineRow
 from runner_service.store import bake_queries as bq
+from runner_service.store import job_search
 from runner_service.store import queries as q
+from runner_service.summary import Summary, summarize
 from vmm_core import accounting
 from vmm_core.drivers.base import DISK
 from vmm_core.errors import VmmError
@@ -57,9 +60,10 @@ class RunnerView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Story(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything known about one job, step by step."""
+    """Everything known about one job: where its time went and what it waits for, then step by step."""
 
     job: JobView
+    summary: Summary
     runners: tuple[RunnerView, ...]
     timeline: tuple[TimelineRow, ...]
 
@@ -107,15 +111,18 @@ async def list_jobs(db: AsyncConnection, *, limit: int, state: str | None = None
 
 
 async def story(db: AsyncConnection, ref: str) -> Story | None:
-    """The story of the job ``ref`` (our id or the forge's), or None."""
-    job = await q.find_job(db, ref)
+    """The story of the job ``ref`` means (see ``job_search.find``), or None."""
+    job = await job_search.find(db, ref)
     if job is None:
         return None
     runners = await q.runners_of_job(db, job.id)
     lines = await q.timeline_of_job(db, job.id)
     endings = await q.endings_of(db, [runner.id for runner in runners])
+    shown = job_view(job, runner_of(job, runners))
+    place = await job_search.place(db, job)
     return Story(
-        job=job_view(job, runner_of(job, runners)),
+        job=shown,
+        summary=summarize(job, runners, lines, says=shown.waits_for, place=place, now=time.time()),
         runners=tuple(runner_view(runner, endings.get(runner.id)) for runner in runners),
         timeline=tuple(lines),
     )

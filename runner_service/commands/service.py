@@ -7,10 +7,16 @@ from datetime import datetime
 from runner_service import client, views
 from runner_service.commands import show
 from runner_service.settings import Settings
+from runner_service.summary import Summary
 from vmm_core.console import last_words
 from vmm_core.engine import Engine
 
 _CONSOLE_CHARS = 2000
+_PHASES = {
+    "event": "event on its way", "deciding": "decided", "waiting": "waited", "forking": "forked",
+    "registering": "registered at the forge", "starting": "runner came online", "forge": "online, forge gave the job",
+    "running": "ran", "cleanup": "cleaned up",
+}  # fmt: skip
 
 
 async def ps(settings: Settings, api: str | None, *, as_json: bool) -> int:
@@ -78,17 +84,24 @@ async def jobs(settings: Settings, api: str | None, limit: int, *, as_json: bool
 
 
 async def why(settings: Settings, api: str | None, job: str, *, as_json: bool) -> int:
-    """The story of a job: each step, its milliseconds since the event, why, and what it waits for."""
+    """The story of a job: where its time went, what it waits for, each step with its milliseconds since the event."""
     async with client.source(settings, api) as source:
         story = await source.story(job)
     if as_json:
         show.print_json(story)
         return 0
+    print_story(story)
+    return 0
+
+
+def print_story(story: views.Story) -> None:
+    """First the answer (state, what it waits for, where the time went), then every step, then the evidence."""
     shown = story.job
     state = shown.conclusion or shown.state
-    sys.stdout.write(f"{shown.id}  {shown.repository}  {shown.name}  [{', '.join(shown.labels)}]  {state}\n")
-    if shown.waits_for:
-        sys.stdout.write(f"waits for: {shown.waits_for}\n")
+    show.line(f"{shown.id}  {shown.repository}  {shown.name}  [{', '.join(shown.labels)}]  {state}")
+    _print_wait(story)
+    _print_spans(story.summary)
+    sys.stdout.write("\n")
     rows = [
         (datetime.fromtimestamp(line.at).strftime("%H:%M:%S.%f")[:-3],
          "" if line.ms is None else f"{line.ms:.0f}", line.step, line.runner_id, line.reason, line.waits_for)
@@ -99,7 +112,31 @@ async def why(settings: Settings, api: str | None, job: str, *, as_json: bool) -
     )
     for runner in shown_runners(story):
         print_evidence(runner)
-    return 0
+
+
+def _print_wait(story: views.Story) -> None:
+    wait = story.summary.wait
+    if wait is None:
+        return
+    since = datetime.fromtimestamp(wait.since).strftime("%H:%M:%S")
+    show.line(f"waits for: {wait.what} ({wait.code})")
+    show.line(f"since:     {since}, {show.duration(wait.seconds)} ago")
+    if wait.place is not None:
+        show.line(f"place:     {wait.place} of {wait.among} queued jobs that the same runners serve")
+    show.line(f"ends when: {wait.ends}")
+
+
+def _print_spans(summary: Summary) -> None:
+    """One line a phase: what, how long, its share of all as a bar."""
+    total = summary.seconds
+    end = "in all" if summary.over else "so far"
+    rows = [
+        (_PHASES.get(span.phase, span.phase) + (f": {span.reason}" if span.reason else ""),
+         show.duration(span.seconds), f"{100 * span.seconds / total:.0f}", "▪" * round(24 * span.seconds / total))
+        for span in summary.spans
+    ]  # fmt: skip
+    rows.append((end, show.duration(total), "", f"{show.duration(summary.ready_seconds)} before it ran"))
+    show.table(("WHERE THE TIME WENT", "TIME", "%", ""), rows, empty="", right=("TIME", "%"))
 
 
 def shown_runners(story: views.Story) -> list[views.RunnerView]:
@@ -132,6 +169,8 @@ async def logs(settings: Settings, api: str | None, job: str, *, follow: bool) -
     """The raw log; on a terminal only text and colours of it."""
     terminal = sys.stdout.isatty()
     async with client.source(settings, api) as source:
+        if "/" in job:
+            job = (await source.story(job)).job.id
         async for piece in source.log(job, follow=follow):
             data = show.for_terminal(piece) if terminal else piece
             # Off the loop: a reader that is slow must slow us down, not break the connection.

@@ -51,6 +51,23 @@ def span(seconds: float) -> str:
     return f"{seconds / 86400:.0f}d"
 
 
+def duration(seconds: float) -> str:
+    """``12 ms``, ``1.2 s``, ``3 min 5 s``, ``2 h 3 min``: as exact as it is short."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def line(text: str) -> None:
+    """A line of text as it is, but for what a terminal would obey."""
+    sys.stdout.write("".join(one for one in text if one.isprintable()) + "\n")
+
+
 def mib(count: int | None) -> str:
     return "-" if count is None else f"{count / (1 << 20):.1f}"
 

@@ -41,6 +41,8 @@ _RUNNER = columns(runners, Runner)
 _DELIVERY = columns(inbox, InboxRow)
 _LINE = columns(timeline, TimelineRow)
 _ENDING = columns(endings, Ending)
+# Of a long story: so many lines of its beginning.
+_FIRST_LINES = 50
 
 
 # ── the scheduler's mutual exclusion ─────────────────────────────────────────────────────────────
@@ -94,19 +96,6 @@ async def jobs_by_id(db: AsyncConnection, ids: Collection[str]) -> dict[str, Job
         for row in await db.execute(sa.select(*_JOB).where(jobs.c.id.in_(chunk))):
             found[row.id] = as_struct(row, Job)
     return found
-
-
-async def find_job(db: AsyncConnection, ref: str) -> Job | None:
-    """A job by our id, or by the forge's own id when only one forge has it."""
-    rows = (
-        await db.execute(
-            sa.select(*_JOB).where(sa.or_(jobs.c.id == ref, jobs.c.forge_job_id == ref)).limit(2)
-        )
-    ).all()
-    exact = [row for row in rows if row.id == ref]
-    if exact or len(rows) == 1:
-        return as_struct((exact or rows)[0], Job)
-    return None
 
 
 async def list_jobs(db: AsyncConnection, *, limit: int, state: str | None = None) -> list[Job]:
@@ -304,15 +293,20 @@ async def add_timeline(db: AsyncConnection, rows: Sequence[TimelineRow]) -> None
         await db.execute(sa.insert(timeline), [msgspec.structs.asdict(row) for row in rows])
 
 
-async def timeline_of_job(db: AsyncConnection, job_id: str, limit: int = 500) -> list[TimelineRow]:
-    """The story of a job with that of the runners that were its own at the time, in order."""
-    query = (
-        sa.select(*_LINE)
-        .where(timeline.c.job_id == job_id)
-        .order_by(timeline.c.at, timeline.c.seq)
-        .limit(limit)
-    )
-    return [as_struct(row, TimelineRow) for row in await db.execute(query)]
+async def timeline_of_job(db: AsyncConnection, job_id: str, most: int = 500) -> list[TimelineRow]:
+    """The story of a job with that of the runners that were its own at the time, in order.
+
+    Of a very long one the beginning and the end: how it stands now matters more than how often it was tried.
+    """
+    query = sa.select(*_LINE).where(timeline.c.job_id == job_id)
+    rows = (await db.execute(query.order_by(timeline.c.at, timeline.c.seq).limit(most))).all()
+    if len(rows) == most:
+        newest = await db.execute(
+            query.order_by(timeline.c.at.desc(), timeline.c.seq.desc()).limit(most - _FIRST_LINES)
+        )
+        last = list(reversed(newest.all()))
+        rows = [*rows[:_FIRST_LINES], *(row for row in last if row not in rows[:_FIRST_LINES])]
+    return [as_struct(row, TimelineRow) for row in rows]
 
 
 async def keep_ending(db: AsyncConnection, ending: Ending) -> None:

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from runner_service.domain import Bake, BakeStep, Ending, Host, Job, Push, Repository, Runner, TimelineRow
 from runner_service.store import bake_queries as bq
+from runner_service.store import job_search
 from runner_service.store import queries as q
 from runner_service.store.schema import HEAD, metadata
 from runner_service.store.store import Store, StoreError, sqlite_url
@@ -94,8 +95,8 @@ async def test_jobs_come_back_as_they_were_saved(store: Store) -> None:
     async with store.reading() as db:
         found = await q.jobs_by_id(db, ["github-1", "github-2", "github-3"])
         assert found["github-1"] == first and found["github-2"].state == "completed"
-        assert await q.find_job(db, "1") == await q.find_job(db, "github-1") == first
-        assert await q.find_job(db, "3") is None
+        assert await job_search.find(db, "1") == await job_search.find(db, "github-1") == first
+        assert await job_search.find(db, "3") is None
         assert [one.id for one in await q.list_jobs(db, limit=1)] == ["github-2"]
         assert [one.id for one in await q.list_jobs(db, limit=9, state="queued")] == ["github-1"]
 
