@@ -1,5 +1,7 @@
 """Where a job's time went: phases without gaps, whatever the timeline holds, and the usual stories told right."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +43,7 @@ def test_spans_are_ordered_follow_each_other_and_sum_to_the_whole(
 ) -> None:
     found = spans(story, created_at=created_at, until=until)
     assert all(span.seconds > 0 for span in found)
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in itertools.pairwise(found):
         assert one.at + one.seconds == pytest.approx(other.at, abs=1e-3)
         assert (one.phase, one.reason) != (other.phase, other.reason)
     if story:
