@@ -6,45 +6,50 @@ GET  /why?job=                the same story as /jobs/{job}; the job may be owne
 GET  /bakes?limit=&repository=   GET /bakes/{bake}    GET /bakes/{bake}/log?offset=&follow=
 GET  /vms                     POST /vms/{vm}/kill
 
-Webhooks come in on the same address. What a reverse proxy passes on (it says so in a header) reaches them only.
+GET  /tokens  POST /tokens  DELETE /tokens/{name}   GET /audit   (access_routes.py)
+
+Who may ask what is the business of access.py. Webhooks come in on the same address unless they have their own.
 """
 
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 import structlog
-from litestar import Litestar, MediaType, Request, Response, Router, get, post
+from litestar import Litestar, MediaType, Response, Router, get, post
 from litestar.config.app import AppConfig
-from litestar.datastructures import State
-from litestar.exceptions import HTTPException, NotFoundException, PermissionDeniedException
+from litestar.exceptions import HTTPException, NotFoundException
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
+from litestar.openapi.spec import Components, SecurityScheme
 from litestar.params import FromPath, FromQuery, PathParameter, QueryParameter
 from litestar.response import Stream
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from github_webhook.receiver import problem
-from runner_service import views
+from runner_service import audit, views
+from runner_service.access import Failures, Gate, who
+from runner_service.access_routes import access_routes
 from runner_service.domain import WRITES_LOG, Bake
 from runner_service.joblog import JobLogs
+from runner_service.problems import Document, WebRequest, http_problem, unexpected, vmm_problem
 from runner_service.store import bake_queries as bq
 from runner_service.store import job_search
 from runner_service.store import queries as q
 from runner_service.store.store import Store
 from runner_service.telemetry import Metrics
-from vmm_core.errors import UnknownVm, VmmError
+from vmm_core.errors import VmmError
 
 log = structlog.get_logger("api")
-WebRequest = Request[Any, Any, State]
 JobRunState = Literal["waiting", "queued", "in_progress", "completed"]
 _BEFORE_RUNNER = 5.0
 _BEFORE_ADOPTION = 1.0
 # Logs come from guests: no browser may take them for anything but text.
 _PLAIN = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
-_FORWARDED = {b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"}
+_OPEN: dict[str, Any] = {"opt": {"access": "open"}, "security": []}
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -90,6 +95,7 @@ class Api:
         vms: Callable[[], Awaitable[list[views.VmView]]],
         kill: Callable[[str], Awaitable[None]],
         measure: Callable[[], None] = lambda: None,
+        gate: Gate | None = None,
     ) -> None:
         self.store = store
         self.logs = logs
@@ -99,34 +105,42 @@ class Api:
         self.vms = vms
         self.kill = kill
         self.measure = measure
+        self.gate = gate or Gate(
+            store, local_is_trusted=True, open_metrics=False, refused=metrics.refused, failures=Failures()
+        )
         self.started = time.monotonic()
 
     def app(self, routers: Sequence[Router] = ()) -> Litestar:
-        """The application, with ``routers`` (the webhook receivers) hung in."""
-
-        def configure(config: AppConfig) -> AppConfig:
-            config.middleware.extend((log_requests, refuse_forwarded))
-            return config
-
+        """The application, with ``routers`` (the webhook receivers, which know their senders) hung in."""
         return Litestar(
-            route_handlers=[*self._routes(), *routers],
-            on_app_init=[configure],
-            exception_handlers={HTTPException: _http_problem, VmmError: _vmm_problem, Exception: _unexpected},
-            openapi_config=OpenAPIConfig(title="microvm runner service", version="1", path="/schema"),
+            route_handlers=[
+                *self._routes(),
+                *access_routes(self.store),
+                Router("/", route_handlers=routers, opt={"access": "open"}, security=[]),
+            ],
+            guards=[self.gate],
+            on_app_init=[_log_requests],
+            exception_handlers={HTTPException: http_problem, VmmError: vmm_problem, Exception: unexpected},
+            openapi_config=OpenAPIConfig(
+                title="microvm runner service",
+                version="1",
+                path="/schema",
+                render_plugins=[Document()],
+                components=Components(
+                    security_schemes={"token": SecurityScheme(type="http", scheme="bearer")}
+                ),
+                security=[{"token": []}],
+            ),
             logging_config=None,
         )
 
     def _routes(self) -> list[Any]:
-        @get("/healthz", sync_to_thread=False)
-        def healthz() -> Health:
-            return Health("ok", round(time.monotonic() - self.started, 1))
-
         @get("/readyz")
         async def readyz() -> Response[Readiness]:
             readiness = await self.readiness()
             return Response(readiness, status_code=200 if readiness.ready else 503)
 
-        @get("/metrics", media_type=MediaType.TEXT, include_in_schema=False)
+        @get("/metrics", media_type=MediaType.TEXT, include_in_schema=False, opt={"access": "metrics"})
         async def metrics() -> Response[bytes]:
             counts = await self.store.read(q.runner_counts)
             for state in ("wanted", "forking", "registering", "idle", "busy", "retiring"):
@@ -193,15 +207,46 @@ class Api:
         async def vms() -> list[views.VmView]:
             return await self.vms()
 
-        @post("/vms/{vm:str}/kill", status_code=202, raises=[NotFoundException, PermissionDeniedException])
+        @post("/vms/{vm:str}/kill", status_code=202, raises=[NotFoundException], opt={"access": "operate"})
         async def kill(vm: FromPath[str], request: WebRequest) -> Killed:
-            if "origin" in request.headers:
-                raise PermissionDeniedException("a web page may not give orders to this service")
-            await self.kill(vm)
-            log.info("vm_killed", vm=vm, by=request.client.host if request.client else None)
+            async with self.audited(request, "vm.kill", vm):
+                await self.kill(vm)
             return Killed(vm, "killing")
 
-        return [healthz, readyz, metrics, jobs, job_story, why, job_log, bakes, one_bake, bake_log, vms, kill]
+        looks = [
+            _healthz(self.started),
+            readyz,
+            metrics,
+            jobs,
+            job_story,
+            why,
+            job_log,
+            bakes,
+            one_bake,
+            bake_log,
+            vms,
+        ]
+        return [*looks, kill]
+
+    @contextlib.asynccontextmanager
+    async def audited(
+        self, request: WebRequest, action: str, target: str, **details: Any
+    ) -> AsyncGenerator[None]:
+        """Write an order down with what came of it, whoever gave it; its failure goes on to the caller."""
+        by = await who(request)
+        outcome = audit.DONE
+        try:
+            yield
+        except Exception as error:
+            outcome = str(error) if isinstance(error, VmmError | HTTPException) else type(error).__name__
+            raise
+        finally:
+            log.info("order", action=action, target=target[:200], by=by, outcome=outcome[:200])
+            await self.store.write(
+                lambda db: audit.record(
+                    db, who=by, action=action, target=target, details=details, outcome=outcome
+                )
+            )
 
     async def _story(self, ref: str) -> views.Story:
         found = await self.store.read(lambda db: views.story(db, ref))
@@ -249,6 +294,30 @@ class Api:
         return story.job.runner is not None and self.logs.path(story.job.runner).exists()
 
 
+def webhooks_alone(routers: Sequence[Router]) -> Litestar:
+    """The application of an address of its own for webhooks: these, and whether the process answers."""
+    return Litestar(
+        route_handlers=[_healthz(time.monotonic()), *routers],
+        on_app_init=[_log_requests],
+        exception_handlers={HTTPException: http_problem, Exception: unexpected},
+        openapi_config=None,
+        logging_config=None,
+    )
+
+
+def _healthz(started: float) -> HTTPRouteHandler:
+    @get("/healthz", sync_to_thread=False, **_OPEN)
+    def healthz() -> Health:
+        return Health("ok", round(time.monotonic() - started, 1))
+
+    return healthz
+
+
+def _log_requests(config: AppConfig) -> AppConfig:
+    config.middleware.append(log_requests)
+    return config
+
+
 def log_requests(app: ASGIApp) -> ASGIApp:
     """Log method, path and status of each request; never a query, a header or a body."""
 
@@ -272,36 +341,3 @@ def log_requests(app: ASGIApp) -> ASGIApp:
             log.debug("request", method=scope["method"], path=scope["path"][:200], status=status, ms=spent)
 
     return middleware
-
-
-def refuse_forwarded(app: ASGIApp) -> ASGIApp:
-    """Only webhooks and /healthz for requests that a proxy passed on: the rest has no password of its own."""
-
-    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        if path != "/healthz" and not path.startswith("/webhooks/"):
-            names = {name.lower() for name, _ in scope["headers"]}
-            if names & _FORWARDED:
-                raise PermissionDeniedException("forward only /webhooks/ to this service")
-        await app(scope, receive, send)
-
-    return middleware
-
-
-def _http_problem(_: WebRequest, error: HTTPException) -> Response[bytes]:
-    detail = error.detail
-    if isinstance(error.extra, list) and error.extra:
-        # Which parameter, and what is wrong with it.
-        detail = "; ".join(f"{one.get('key', '')}: {one.get('message', '')}" for one in error.extra)[:500]
-    code = type(error).__name__.removesuffix("Exception")
-    return problem(error.status_code, code.lower() or "http", code or "HTTP error", detail)
-
-
-def _vmm_problem(_: WebRequest, error: VmmError) -> Response[bytes]:
-    status = 404 if isinstance(error, UnknownVm) else 500
-    return problem(status, error.code, type(error).__name__, str(error))
-
-
-def _unexpected(request: WebRequest, error: Exception) -> Response[bytes]:
-    log.exception("request_failed", path=request.url.path[:200], error=type(error).__name__)
-    return problem(500, "internal_error", "Internal error", "see the log of the service")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from runner_service.client import SERVICE_FILE
+from runner_service.client import SERVICE_FILE, ServiceAnswer
 from runner_service.settings import SettingsError
 
 
@@ -42,7 +42,8 @@ def only_one(data_dir: Path) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def listen(address: tuple[str, int]) -> Generator[socket.socket]:
+def listen(address: tuple[str, int], setting: str = "service.listen") -> Generator[socket.socket]:
+    """A bound socket. Raises ServiceBusyError that names the ``setting`` to change."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -51,9 +52,7 @@ def listen(address: tuple[str, int]) -> Generator[socket.socket]:
             listening.bind(address)
         except OSError as error:
             shown = f"{address[0]}:{address[1]}"
-            raise ServiceBusyError(
-                f"cannot listen on {shown}: {error.strerror}; change service.listen"
-            ) from error
+            raise ServiceBusyError(f"cannot listen on {shown}: {error.strerror}; change {setting}") from error
         listening.setblocking(False)
         yield listening
     finally:
@@ -65,8 +64,9 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def announce(data_dir: Path, listening: socket.socket) -> None:
-    """Tell the command line where this service answers."""
+def announce(data_dir: Path, listening: socket.socket, webhooks: socket.socket | None = None) -> None:
+    """Tell the command line where this service answers, and where it takes webhooks if that is elsewhere."""
     draft = data_dir / f".{SERVICE_FILE}"
-    draft.write_bytes(msgspec.json.encode({"address": address_of(listening), "pid": os.getpid()}))
+    own = "" if webhooks is None else address_of(webhooks)
+    draft.write_bytes(msgspec.json.encode(ServiceAnswer(address_of(listening), os.getpid(), own)))
     draft.replace(data_dir / SERVICE_FILE)

@@ -8,16 +8,19 @@ from typing import NoReturn
 import click
 from rich_click import RichGroup
 
-from runner_service.options import config_option, data_dir_option, json_option, run_async, settings_of
+from runner_service.access_cli import audit, tokens
+from runner_service.options import (
+    api_option,
+    config_option,
+    data_dir_option,
+    json_option,
+    run_async,
+    settings_of,
+)
 from runner_service.templates_cli import templates
 
 _OURS = ("vmm_core.", "images.", "github_webhook.", "runner_service.")
 _USAGE = ("SettingsError", "RecipeError", "ServiceBusyError", "BadRequest")
-
-
-api_option = click.option(
-    "--api", envvar="MICROVM_API", help="Address of the service, such as http://127.0.0.1:8470."
-)
 
 
 class _Group(RichGroup):
@@ -332,6 +335,10 @@ def kill(*, vm: str, config: Path | None, data_dir: Path | None, api: str | None
     from runner_service.commands import service  # noqa: PLC0415
 
     return run_async(service.kill(settings_of(config, data_dir), api, vm))
+
+
+cli.add_command(tokens)
+cli.add_command(audit)
 
 
 if __name__ == "__main__":

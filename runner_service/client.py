@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -13,7 +14,7 @@ import msgspec
 from runner_service import views
 from runner_service.domain import WRITES_LOG, Bake
 from runner_service.joblog import JobLogs
-from runner_service.settings import Settings, SettingsError
+from runner_service.settings import Settings, SettingsError, read_secret
 from runner_service.store import bake_queries as bq
 from runner_service.store import job_search
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SERVICE_FILE = "service.json"
+TOKEN_FILE = "api-token"  # noqa: S105
+"""In the data directory: the token of the command line of this host, kept by a service that demands tokens."""
+
 _RESTART_SECONDS = 60.0
 
 
@@ -41,10 +45,11 @@ class Source(Protocol):
 
 
 class ServiceAnswer(msgspec.Struct, frozen=True):
-    """``service.json``: where the running service answers."""
+    """``service.json``: where the running service answers, and where webhooks go if that is elsewhere."""
 
     address: str
     pid: int
+    webhooks: str = ""
 
 
 @contextlib.asynccontextmanager
@@ -52,7 +57,7 @@ async def source(settings: Settings, api: str | None) -> AsyncGenerator[Source]:
     """The running service of these settings (or at ``api``); without one, its database."""
     address = api or announced(settings.data_dir)
     if address is not None:
-        async with _http(address, httpx.Timeout(10.0, read=60.0)) as http:
+        async with http_client(settings, api, address, httpx.Timeout(10.0, read=60.0)) as http:
             try:
                 (await http.get("/healthz")).raise_for_status()
             except httpx.HTTPError as error:
@@ -81,9 +86,9 @@ async def kill(settings: Settings, api: str | None, vm_id: str) -> bool:
     address = api or announced(settings.data_dir)
     if address is None:
         return False
-    async with _http(address, httpx.Timeout(30.0)) as http:
+    async with http_client(settings, api, address, httpx.Timeout(30.0)) as http:
         try:
-            answer = await http.post(f"/vms/{_quoted(vm_id)}/kill")
+            answer = await http.post(f"/vms/{quoted(vm_id)}/kill")
         except httpx.ConnectError:
             return False
         except httpx.TransportError as error:
@@ -91,13 +96,44 @@ async def kill(settings: Settings, api: str | None, vm_id: str) -> bool:
     if answer.status_code == 404:
         raise NotThereError(f"there is no VM {vm_id}: see microvm ps")
     if answer.is_error:
-        raise NotThereError(_detail(answer))
+        raise NotThereError(detail_of(answer))
     return True
 
 
-def _http(address: str, timeout: httpx.Timeout) -> httpx.AsyncClient:
+def http_client(
+    settings: Settings, api: str | None, address: str, timeout: httpx.Timeout
+) -> httpx.AsyncClient:
+    """A client of the service at ``address`` that sends its token, if there is one. Raises SettingsError."""
     # No proxy of the environment: the service is this host's own, or one that was named.
-    return httpx.AsyncClient(base_url=address, timeout=timeout, trust_env=False)
+    file = _token_file(settings, named=api is not None)
+    return httpx.AsyncClient(
+        base_url=address, timeout=timeout, trust_env=False, auth=None if file is None else _Bearer(file)
+    )
+
+
+class _Bearer(httpx.Auth):
+    """The token of a file, read for each request: a service that starts anew may have written another."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        token = read_secret(file=str(self._file), variable="", what="the API token") or ""
+        if not token.isascii() or not token.isprintable():
+            raise SettingsError(f"the API token: {self._file} holds no token")
+        request.headers["authorization"] = f"Bearer {token}"
+        yield request
+
+
+def _token_file(settings: Settings, *, named: bool) -> Path | None:
+    """The file of the token to send. This host's own goes to the service that announced itself here, and never to an
+    address that was ``named``: whoever answers there could keep it."""
+    if settings.token_file is not None:
+        return settings.token_file
+    if given := os.environ.get("MICROVM_API_TOKEN_FILE"):
+        return Path(given)
+    own = settings.data_dir / TOKEN_FILE
+    return own if not named and own.exists() else None
 
 
 class _Api:
@@ -121,7 +157,7 @@ class _Api:
         return self._followed(f"/bakes/{bake}", follow, lambda: self._bakes_on(bake))
 
     def log(self, job: str, *, follow: bool) -> AsyncIterator[bytes]:
-        return self._followed(f"/jobs/{_quoted(job)}", follow, lambda: self._goes_on(job))
+        return self._followed(f"/jobs/{quoted(job)}", follow, lambda: self._goes_on(job))
 
     async def _followed(
         self, path: str, follow: bool, goes_on: Callable[[], Awaitable[bool]]
@@ -146,7 +182,7 @@ class _Api:
             self._http.base_url = announced(self._data_dir) or self._http.base_url
 
     async def _goes_on(self, job: str) -> bool:
-        answer = await self._http.get(f"/jobs/{_quoted(job)}")
+        answer = await self._http.get(f"/jobs/{quoted(job)}")
         if answer.status_code != 200:
             return False
         return msgspec.json.decode(answer.content, type=views.Story).job.runner_state in WRITES_LOG
@@ -164,7 +200,7 @@ class _Api:
         async with asked as answer:
             if answer.status_code != 200:
                 await answer.aread()
-                raise NotThereError(_detail(answer))
+                raise NotThereError(detail_of(answer))
             yield b""  # it answers: what is cut from now on is cut anew
             async for piece in answer.aiter_raw():
                 yield piece
@@ -175,7 +211,7 @@ class _Api:
         except httpx.TransportError as error:
             raise NotThereError(f"the service at {self._http.base_url} does not answer: {error}") from error
         if answer.status_code != 200:
-            raise NotThereError(_detail(answer))
+            raise NotThereError(detail_of(answer))
         return msgspec.json.decode(answer.content, type=kind)
 
 
@@ -216,14 +252,16 @@ class _Database:
                 yield piece
 
 
-def _detail(answer: Any) -> str:
+def detail_of(answer: Any) -> str:
+    """The sentence of a problem document."""
     try:
         return str(msgspec.json.decode(answer.content)["detail"])
     except (msgspec.DecodeError, KeyError, TypeError):
         return f"the service answered {answer.status_code}"
 
 
-def _quoted(segment: str) -> str:
+def quoted(segment: str) -> str:
+    """``segment`` as one part of a path."""
     from urllib.parse import quote  # noqa: PLC0415
 
     return quote(segment, safe="")

@@ -13,20 +13,20 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
 
 import httpx
 import structlog
-import uvicorn
+from litestar import Router
 from sqlalchemy.exc import SQLAlchemyError
 
 from github_webhook.app_auth import AppAuth, TokenAuth
 from github_webhook.github import GitHub
 from github_webhook.receiver import receiver
 from github_webhook.rest import api_base_url
-from runner_service import github_forge, telemetry, views
-from runner_service.api import Api, Check, Readiness
+from runner_service import github_forge, serving, telemetry, tokens, views
+from runner_service.access import Failures, Gate, reached_from_here_only
+from runner_service.api import Api, Check, Readiness, webhooks_alone
 from runner_service.bake_plan import Planner
 from runner_service.bakes import Bakes, bake_logs
 from runner_service.catalog import EngineCatalog
@@ -66,6 +66,9 @@ async def serve(settings: Settings) -> None:
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(only_one(settings.data_dir))
         listening = stack.enter_context(listen(settings.listen))
+        webhooks = None
+        if settings.webhook_listen is not None:
+            webhooks = stack.enter_context(listen(settings.webhook_listen, "service.webhook_listen"))
         store = await stack.enter_async_context(Store.open(database_url(settings)))
         engine = await stack.enter_async_context(
             Engine.open(
@@ -76,7 +79,7 @@ async def serve(settings: Settings) -> None:
         )
         http = await stack.enter_async_context(_http())
         service = Service(settings, store, engine, http)
-        await stack.enter_async_context(service.running(listening, stopping))
+        await stack.enter_async_context(service.running(listening, webhooks, stopping))
         await stopping.wait()
         log.info("stopping", vms=service.scheduler.vms)
 
@@ -201,13 +204,18 @@ class Service:
         )
 
     @contextlib.asynccontextmanager
-    async def running(self, listening: socket.socket, stopping: asyncio.Event) -> AsyncGenerator[None]:
+    async def running(
+        self, listening: socket.socket, webhooks: socket.socket | None, stopping: asyncio.Event
+    ) -> AsyncGenerator[None]:
         """Serve: deliveries are taken (and kept) at once, runners are adopted and driven right after."""
-        server = _Server(self._uvicorn_config())
-        serving = asyncio.create_task(server.serve(sockets=[listening]), name="api")
+        await self._token_for_commands()
+        servers = self._servers(listening, webhooks)
+        answering = [
+            asyncio.create_task(server.serve(sockets=[address]), name="api") for server, address in servers
+        ]
         working: list[asyncio.Task[None]] = []
         try:
-            announce(self._settings.data_dir, listening)
+            announce(self._settings.data_dir, listening, webhooks)
             await self._prepare()
             await self.scheduler.start()
             self._recovered = True
@@ -216,14 +224,19 @@ class Service:
                 await self._bakes.start()
                 working.append(asyncio.create_task(self._bakes.run(), name="bakes"))
                 working.append(asyncio.create_task(self._planner.run(), name="planner"))
-            for task in (serving, *working):
+            for task in (*answering, *working):
                 # None ends by itself: if one does, the process must not pretend to serve.
                 task.add_done_callback(lambda _: stopping.set())
             # What is here now stays: the collector need not look at it again and again.
             gc.collect()
             gc.freeze()
             log.info(
-                "serving", address=address_of(listening), forges=list(self._forges), vms=self.scheduler.vms
+                "serving",
+                address=address_of(listening),
+                webhooks=address_of(webhooks or listening),
+                access="local" if self._trusts_local else "token",
+                forges=list(self._forges),
+                vms=self.scheduler.vms,
             )
             yield
         finally:
@@ -232,12 +245,41 @@ class Service:
             await asyncio.gather(*working, return_exceptions=True)
             await self.scheduler.stop()
             self._logs.end()
-            server.should_exit = True
-            await asyncio.gather(serving, return_exceptions=True)
+            for server, _ in servers:
+                server.should_exit = True
+            await asyncio.gather(*answering, return_exceptions=True)
             (self._settings.data_dir / SERVICE_FILE).unlink(missing_ok=True)
 
-    def _uvicorn_config(self) -> uvicorn.Config:
-        api = Api(
+    @property
+    def _trusts_local(self) -> bool:
+        service = self._settings.service
+        return service.access == "local" and reached_from_here_only(self._settings.listen[0])
+
+    async def _token_for_commands(self) -> None:
+        """Where tokens are demanded, the command line of this host has one that only the service's user can read."""
+        keep = tokens.drop_local if self._trusts_local else tokens.keep_local
+        await keep(self._store, self._settings.data_dir, self._settings.service.name)
+
+    def _servers(
+        self, listening: socket.socket, webhooks: socket.socket | None
+    ) -> list[tuple[serving.Server, socket.socket]]:
+        """The API with the webhooks in it, or each at its own address."""
+        routers = self._receivers()
+        api = self._api().app(routers if webhooks is None else ())
+        servers = [(serving.Server(serving.config(api)), listening)]
+        if webhooks is not None:
+            servers.append((serving.Server(serving.config(webhooks_alone(routers))), webhooks))
+        return servers
+
+    def _api(self) -> Api:
+        gate = Gate(
+            self._store,
+            local_is_trusted=self._trusts_local,
+            open_metrics=self._settings.service.open_metrics,
+            refused=self._metrics.refused,
+            failures=Failures(),
+        )
+        return Api(
             store=self._store,
             logs=self._logs,
             bake_logs=self._bakes.logs
@@ -248,24 +290,15 @@ class Service:
             vms=self._vms,
             kill=self.scheduler.kill,
             measure=self._measure,
+            gate=gate,
         )
-        routers: list[Any] = []
+
+    def _receivers(self) -> list[Router]:
         github = self._settings.github
-        if github is not None:
-            secrets = _Secrets(github)
-            inbox = StoreInbox(self._store, github_forge.FORGE, self.scheduler.wake)
-            routers.append(receiver(inbox, secrets, counters=telemetry.DeliveryCounters(self._metrics)))
-        return uvicorn.Config(
-            api.app(routers),
-            loop="none",
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=2,
-        )
+        if github is None:
+            return []
+        inbox = StoreInbox(self._store, github_forge.FORGE, self.scheduler.wake)
+        return [receiver(inbox, _Secrets(github), counters=telemetry.DeliveryCounters(self._metrics))]
 
     async def _prepare(self) -> None:
         """Do beforehand what the first job would otherwise wait for."""
@@ -333,14 +366,6 @@ class Service:
             ((vm.record.template, vm.last_usage) for vm in self._engine.vms()),
             {template.name: template.need_mib << 20 for template in self._catalog.templates()},
         )
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handling: the daemon decides when it ends."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        yield
 
 
 class _Secrets:

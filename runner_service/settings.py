@@ -28,7 +28,7 @@ from vmm_core.network.egress import check_network
 DEFAULT_FILES = (Path("microvm.toml"), Path("/etc/microvm/microvm.toml"))
 _PREFIX = "MICROVM_"
 # Variables of that prefix that are no settings of the service.
-_OTHERS = ("MICROVM_CONFIG", "MICROVM_DATA_DIR", "MICROVM_API")
+_OTHERS = ("MICROVM_CONFIG", "MICROVM_DATA_DIR", "MICROVM_API", "MICROVM_API_TOKEN_FILE")
 _TESTS = "MICROVM_TEST_"
 # How alike a variable's section must be to one of ours to be taken for a slip of the pen.
 _NEAR_MISS = 0.65
@@ -46,10 +46,18 @@ class SettingsError(Exception):
 
 
 class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The process. ``name`` identifies this host in leases; it must differ between hosts on one database."""
+    """The process. ``name`` identifies this host in leases; it must differ between hosts on one database.
+
+    ``access``: "local" lets requests from this host itself do everything without a token, as long as ``listen`` is a
+    loopback address; "token" demands one of them too. Requests from elsewhere always need one. ``webhook_listen``:
+    an address for webhooks alone, which are then not served on the other. ``open_metrics``: /metrics needs no token.
+    """
 
     name: str = ""
     listen: str = "127.0.0.1:8470"
+    webhook_listen: str = ""
+    access: Literal["local", "token"] = "local"
+    open_metrics: bool = False
     data_dir: str = "/var/lib/microvm"
     database_url: str = ""
     database_url_env: str = ""
@@ -152,7 +160,7 @@ class Bakes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All sections. ``github`` is absent until configured: the service then serves its API only.
 
-    ``source`` is the file they were read from, if there was one.
+    ``source`` is the file they were read from, if there was one; ``token_file`` what a command was told to send.
     """
 
     service: Service = Service()
@@ -160,6 +168,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runners: Runners = Runners()
     bakes: Bakes = Bakes()
     source: Path | None = None
+    token_file: Path | None = None
 
     @property
     def data_dir(self) -> Path:
@@ -167,8 +176,18 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def listen(self) -> tuple[str, int]:
-        host, _, port = self.service.listen.rpartition(":")
-        return host.strip("[]") or "127.0.0.1", int(port)
+        return _address(self.service.listen)
+
+    @property
+    def webhook_listen(self) -> tuple[str, int] | None:
+        """The address of webhooks, where they have one of their own."""
+        own = self.service.webhook_listen
+        return _address(own) if own and _address(own) != self.listen else None
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -332,11 +351,12 @@ def _choices(wanted: Any) -> str:
 
 def _check_values(settings: Settings, origin: str) -> None:
     service, runners, github = settings.service, settings.runners, settings.github
-    port = service.listen.rpartition(":")[2]
-    if not port.isdecimal() or int(port) > 65535:
-        raise SettingsError(
-            f"{origin}: [service] listen: '{service.listen}' is not ADDRESS:PORT, such as 127.0.0.1:8470"
-        )
+    for key, text in (("listen", service.listen), ("webhook_listen", service.webhook_listen)):
+        port = text.rpartition(":")[2]
+        if (text or key == "listen") and (not port.isdecimal() or int(port) > 65535):
+            raise SettingsError(
+                f"{origin}: [service] {key}: '{text}' is not ADDRESS:PORT, such as 127.0.0.1:8470"
+            )
     if re.search(r"://[^/@]*:[^/@]+@|[?&](ssl)?password=", service.database_url, re.IGNORECASE):
         raise SettingsError(
             f"{origin}: [service] database_url holds a password: put the whole URL into an environment variable "

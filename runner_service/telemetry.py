@@ -75,6 +75,10 @@ class Metrics:
             "microvm_deliveries", "Webhook deliveries by event and result.", ["event", "result"],
             registry=self.registry,
         )  # fmt: skip
+        self.refused = Counter(
+            "microvm_access_refused", "Requests to the API that were refused, by why.", ["code"],
+            registry=self.registry,
+        )  # fmt: skip
         self.events = Counter(
             "microvm_events",
             "Job events worked into the books, by what they changed.",

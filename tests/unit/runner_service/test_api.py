@@ -31,7 +31,7 @@ async def client(service: Service, *, ready: bool = True) -> AsyncIterator[httpx
     api = Api(store=service.store, logs=service.logs, bake_logs=service.bake_logs, metrics=service.metrics,
               readiness=readiness, vms=vms, kill=service.scheduler.kill)  # fmt: skip
     transport = httpx.ASGITransport(app=api.app())  # pyright: ignore
-    async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         yield http
 
 
@@ -105,7 +105,7 @@ async def test_a_fault_of_ours_tells_nothing_of_the_inside(tmp_path: Path) -> No
             kill=broken,
         )  # pyright: ignore
         transport = httpx.ASGITransport(app=api.app(), raise_app_exceptions=False)  # pyright: ignore
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as other:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as other:
             answer = await other.post("/vms/x/kill")
     assert answer.status_code == 500 and "s3cret" not in answer.text
     assert answer.json()["type"] == "urn:microvm:problem:internal_error"
@@ -116,23 +116,6 @@ async def test_a_web_page_gives_no_orders(tmp_path: Path) -> None:
     async with world.running() as service, client(service) as http:
         answer = await http.post("/vms/x/kill", headers={"origin": "https://evil.example"})
     assert answer.status_code == 403
-
-
-@pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded", "X-Real-IP"])
-async def test_a_proxy_reaches_webhooks_only(tmp_path: Path, header: str) -> None:
-    world = World(tmp_path)
-    async with world.running() as service, client(service) as http:
-        for method, path in (
-            ("POST", "/vms/x/kill"), ("GET", "/vms"), ("GET", "/jobs"), ("GET", "/jobs/x/log"), ("GET", "/metrics"),
-            ("GET", "/readyz"), ("GET", "/schema/openapi.json"),
-        ):  # fmt: skip
-            answer = await http.request(method, path, headers={header: "192.0.2.7"})
-            assert answer.status_code == 403, path
-            assert answer.headers["content-type"] == "application/problem+json"
-            assert answer.json()["detail"] == "forward only /webhooks/ to this service"
-        assert (await http.get("/healthz", headers={header: "192.0.2.7"})).status_code == 200
-        hook = await http.post("/webhooks/github", headers={header: "192.0.2.7"})
-        assert hook.status_code == 404  # none hangs here; it was not refused
 
 
 async def test_a_kill_ends_the_vm_and_its_runner(tmp_path: Path) -> None:

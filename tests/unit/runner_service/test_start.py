@@ -53,6 +53,6 @@ async def test_a_plain_sqlite_url(tmp_path: Path) -> None:
 async def test_the_local_service_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
-    http = client._http("http://127.0.0.1:2", client.httpx.Timeout(1.0))
+    http = client.http_client(Settings(), None, "http://127.0.0.1:2", client.httpx.Timeout(1.0))
     assert not http._mounts
     await http.aclose()
