@@ -56,6 +56,7 @@ class _Circuit(msgspec.Struct):
     tries: int = 0
     probing: float | None = None
     hint: object = None
+    reason: str = ""
 
 
 class Circuits:
@@ -87,6 +88,9 @@ class Circuits:
         if isinstance(error, NotInstalled):
             self._close(ADDRESS)
             self._count(place or account, account, error, hint)
+            probed = self._circuits.get(account)
+            if probed is not None and probed.probing is not None:
+                self._open(account, probed)
         elif isinstance(error, Suspended | Unauthorized):
             self._close(ADDRESS)
             self._count(account, account, error, hint)
@@ -104,8 +108,9 @@ class Circuits:
 
     def hold(self, account: str, error: ForgeError, hint: object = None) -> None:
         """Open the account's circuit now: an event said so."""
+        self._make_room()
         circuit = self._circuits.setdefault(account, _Circuit(error))
-        circuit.error, circuit.hint = error, hint
+        circuit.error, circuit.hint = error, hint or circuit.hint
         self._open(account, circuit)
 
     def lift(self, account: str) -> None:
@@ -114,10 +119,16 @@ class Circuits:
             self._close(key)
 
     def held(self, account: str, place: str = "") -> Held | None:
-        """Why calls of this account (and place) are not made now; also while the next try is due or under way."""
+        """Why calls of this account (and place) are not made now; also while the next try is due or under way.
+
+        What nobody can probe (there is no hint what to ask for) is held until its pause is over.
+        """
+        now = self._clock()
         for key in _keys(account, place):
             circuit = self._circuits.get(key)
-            if circuit is not None and circuit.opened is not None:
+            if circuit is None or circuit.opened is None:
+                continue
+            if circuit.hint is not None or not _ready(circuit, now):
                 return _held(key, circuit)
         return None
 
@@ -148,6 +159,7 @@ class Circuits:
         circuit.probing = None
         circuit.until = now + min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(circuit.tries - 1, 10))
         if news:
+            circuit.reason = _reason(circuit)
             log.warning(
                 "circuit_open", who=key or "the address", code=circuit.error.code, error=str(circuit.error)
             )
@@ -196,7 +208,7 @@ def _reason(circuit: _Circuit) -> str:
 
 def _held(key: str, circuit: _Circuit) -> Held:
     since = circuit.opened or circuit.first
-    return Held(key, circuit.error.code, _reason(circuit), since, circuit.until, circuit.hint)
+    return Held(key, circuit.error.code, circuit.reason, since, circuit.until, circuit.hint)
 
 
 def _refusal(circuit: _Circuit, now: float) -> ForgeError:

@@ -90,12 +90,14 @@ class PushEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InstallationEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Our App was installed, changed or removed on ``account``."""
+    """An App was installed, changed or removed on ``account``; ``app_id`` and ``client_id`` say which, if known."""
 
     action: str
     installation_id: int
     account: str
     repositories: tuple[str, ...]
+    app_id: int | None = None
+    client_id: str | None = None
 
 
 class Ignored(msgspec.Struct, frozen=True):
@@ -205,6 +207,8 @@ class _Account(msgspec.Struct):
 class _FullInstallation(msgspec.Struct):
     id: int
     account: _Account | None = None
+    app_id: int | None = None
+    client_id: str | None = None
 
 
 class _InstallationRepository(msgspec.Struct):
@@ -288,6 +292,8 @@ def _read_installation(payload: bytes) -> Event:
         installation_id=data.installation.id,
         account=(account.login or account.slug or "") if account else "",
         repositories=tuple(repository.full_name for repository in data.repositories or ()),
+        app_id=data.installation.app_id,
+        client_id=data.installation.client_id,
     )
 
 

@@ -240,14 +240,6 @@ class GitHub:
         with contextlib.suppress(ForgeError):
             await self._call("GET", f"{scope.path}/actions/runners", scope, params={"per_page": "1"})
 
-    def lift(self, scope: Scope) -> None:
-        """An event said that the account's calls are welcome again."""
-        self.circuits.lift(self._auth.bucket(scope))
-
-    def hold(self, scope: Scope, error: ForgeError) -> None:
-        """An event said that the account's calls are not welcome any more."""
-        self.circuits.hold(self._auth.bucket(scope), error, scope)
-
     async def generate_jit_config(
         self,
         scope: Scope,

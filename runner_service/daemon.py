@@ -12,15 +12,14 @@ import shutil
 import signal
 import socket
 import sys
-import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 
 import httpx
 import structlog
 from litestar import Router
 from sqlalchemy.exc import SQLAlchemyError
 
-from github_webhook.app_auth import AppAuth, TokenAuth
+from github_webhook.circuit import Circuits
 from github_webhook.github import GitHub
 from github_webhook.receiver import receiver
 from github_webhook.rest import api_base_url
@@ -33,17 +32,19 @@ from runner_service.catalog import EngineCatalog
 from runner_service.choice import Chooser
 from runner_service.claims import address_of, announce, listen, only_one
 from runner_service.client import SERVICE_FILE
+from runner_service.credentials import WebhookSecrets, routes, runner_groups, secret_variables
 from runner_service.decide import Decider, Rules
 from runner_service.domain import Host, Job, JobEvent, Runner
 from runner_service.egress import forge_rule
 from runner_service.facts import Limits
 from runner_service.flow import Flow
+from runner_service.holds import Probes, told
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
 from runner_service.ports import Forge
 from runner_service.repositories import Mirrors, OriginOf, permitted_by
 from runner_service.scheduler import Scheduler
-from runner_service.settings import GitHubSettings, Settings, SettingsError, read_secret, webhook_secrets
+from runner_service.settings import GitHubSettings, Settings, read_secret
 from runner_service.store import queries as q
 from runner_service.store.store import Store, sqlite_url
 from vmm_core.accounting import host_available_mib
@@ -98,17 +99,22 @@ class Service:
         self._logs = JobLogs(settings.data_dir / "logs", limit=runners.log_limit_mib << 20)
         self._catalog = EngineCatalog(engine)
         self._forges: dict[str, Forge] = {}
-        auth = _auth(settings.github, http) if settings.github is not None else None
-        interpret = github_forge.Interpreter(auth if isinstance(auth, AppAuth) else None)
+        auth = routes(settings.github, http) if settings.github is not None else None
+        circuits = self._circuits = Circuits()
+        interpret = github_forge.Interpreter(auth, circuits)
+        self._probes: Probes | None = None
+        forge: github_forge.GitHubForge | None = None
         if settings.github is not None and auth is not None:
             client = GitHub(
                 base_url=api_base_url(settings.github.base_url),
                 auth=auth,
                 http=http,
                 timeout=settings.github.timeout_s,
+                circuits=circuits,
             )
-            group = settings.github.runner_group_id
-            self._forges[github_forge.FORGE] = github_forge.GitHubForge(client, runner_group_id=group)
+            groups = runner_groups(settings.github, auth)
+            forge = self._forges[github_forge.FORGE] = github_forge.GitHubForge(client, runner_group=groups)
+            self._probes = Probes(client, self._metrics)
         self._bakes: Bakes | None = None
         self._planner: Planner | None = None
         mirrors: Mirrors | None = None
@@ -163,6 +169,7 @@ class Service:
             scope_of=scope_of,
             templates=self._catalog.templates,
             parents=self._catalog.parents,
+            held=lambda job: forge.held(job.scope) if forge is not None else None,
         )
         memory = runners.memory_mib or host_available_mib() * 8 // 10
         self.scheduler = Scheduler(
@@ -178,16 +185,13 @@ class Service:
             prune_logs=self._logs.prune,
             moved=self._planner.wake if self._planner is not None else lambda: None,
         )
+        # What was held back goes on at once when its calls get through again.
+        circuits.changed = self.scheduler.wake
 
     def _make_bakes(self, github: GitHubSettings, origin: OriginOf) -> Bakes:
         settings = self._settings
         config = ["--config", str(settings.source.absolute())] if settings.source is not None else []
-        secret = (
-            github.token_env,
-            github.private_key_env,
-            github.webhook_secret_env,
-            settings.service.database_url_env,
-        )
+        secret = (*secret_variables(github), settings.service.database_url_env)
         return Bakes(
             store=self._store,
             host=settings.service.name,
@@ -220,6 +224,8 @@ class Service:
             await self.scheduler.start()
             self._recovered = True
             working.append(asyncio.create_task(self.scheduler.run(), name="scheduler"))
+            if self._probes is not None:
+                working.append(asyncio.create_task(self._probes.run(), name="probes"))
             if self._bakes is not None and self._planner is not None:
                 await self._bakes.start()
                 working.append(asyncio.create_task(self._bakes.run(), name="bakes"))
@@ -298,7 +304,7 @@ class Service:
         if github is None:
             return []
         inbox = StoreInbox(self._store, github_forge.FORGE, self.scheduler.wake)
-        return [receiver(inbox, _Secrets(github), counters=telemetry.DeliveryCounters(self._metrics))]
+        return [receiver(inbox, WebhookSecrets(github), counters=telemetry.DeliveryCounters(self._metrics))]
 
     async def _prepare(self) -> None:
         """Do beforehand what the first job would otherwise wait for."""
@@ -341,6 +347,8 @@ class Service:
         baked = any(template.name == default for template in self._catalog.templates())
         detail = f"the default template '{default}' is {'baked' if baked else 'not baked: microvm bake ' + default}"
         checks.append(Check("template", baked, detail))
+        # Never unready because of the forge: deliveries are taken all the same.
+        checks.append(Check("forge", True, told(self._circuits.all())))
         return Readiness(all(check.ok for check in checks), tuple(checks))
 
     async def _vms(self) -> list[views.VmView]:
@@ -368,54 +376,11 @@ class Service:
         )
 
 
-class _Secrets:
-    """The webhook secrets, read again at most every five seconds: rotating one needs no restart."""
-
-    def __init__(self, settings: GitHubSettings) -> None:
-        self._settings = settings
-        self._read_at = time.monotonic()
-        self._secrets = webhook_secrets(settings)
-        if not self._secrets:
-            log.warning(
-                "no_webhook_secret", advice="set github.webhook_secret_files: every delivery is refused"
-            )
-
-    def __call__(self) -> Sequence[str]:
-        now = time.monotonic()
-        if now - self._read_at > 5.0:
-            self._read_at = now
-            try:
-                self._secrets = webhook_secrets(self._settings)
-            except SettingsError as error:
-                log.error("webhook_secrets_unreadable", error=str(error))
-        return self._secrets
-
-
 def database_url(settings: Settings) -> str:
     """Where the database is: SQLite in the data directory unless configured otherwise."""
     service = settings.service
     from_env = read_secret(file="", variable=service.database_url_env, what="service.database_url_env")
     return from_env or service.database_url or sqlite_url(settings.data_dir / "runner_service.db")
-
-
-def _auth(settings: GitHubSettings, http: httpx.AsyncClient) -> AppAuth | TokenAuth:
-    token = read_secret(file=settings.token_file, variable=settings.token_env, what="github.token_file")
-    try:
-        if token is not None:
-            return TokenAuth(token)
-        key = read_secret(
-            file=settings.private_key_file, variable=settings.private_key_env, what="github.private_key_file"
-        )
-        return AppAuth(
-            client_id=settings.app_id,
-            private_key_pem=key or "",
-            http=http,
-            base_url=api_base_url(settings.base_url),
-            timeout=settings.timeout_s,
-        )
-    except ValueError as error:
-        # The text of the error is ours; the key or token itself is never part of it.
-        raise SettingsError(f"[github] the credentials cannot be used: {error}") from None
 
 
 def _mirrors(settings: Settings, origin: OriginOf) -> Mirrors:
@@ -431,7 +396,7 @@ def _mirrors(settings: Settings, origin: OriginOf) -> Mirrors:
 
 
 def _http() -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=600.0)
+    limits = httpx.Limits(max_connections=400, max_keepalive_connections=20, keepalive_expiry=600.0)
     return httpx.AsyncClient(limits=limits, timeout=10.0, headers={"user-agent": "microvm-runner"})
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from runner_service import demand, labels, parents, placement
 from runner_service.domain import (
+    Held,
     Host,
     Ignored,
     Job,
@@ -83,6 +84,7 @@ class Decider:
         scope_of: ScopeOf,
         templates: Callable[[], Sequence[Template]],
         parents: Callable[[], Sequence[Parent]],
+        held: Callable[[Job], Held | None] = lambda _job: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._rules = rules
@@ -90,6 +92,7 @@ class Decider:
         self._scope_of = scope_of
         self._templates = templates
         self._parents = parents
+        self._held = held
         self._clock = clock
 
     async def decide(
@@ -233,6 +236,9 @@ class Decider:
             template = by_name.get(jobs[0].template or "") if jobs else None
             if template is None:
                 self._template_vanished(books, jobs, now)
+            elif (held := self._held(jobs[0])) is not None:
+                soon = max(1.0, held.until - now)
+                self._hold_back(books, jobs, f"{held.reason}; next try in {soon:.0f} s", now)
             elif brake is not None and now < brake.until:
                 self._hold_back(books, jobs, f"{brake.reason}; next try in {brake.until - now:.0f} s", now)
             elif count:

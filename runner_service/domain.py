@@ -327,6 +327,16 @@ class Host(msgspec.Struct, frozen=True):
     draining: bool = False
 
 
+class Held(msgspec.Struct, frozen=True):
+    """A forge, or one account of it, to which no call is made before ``until`` (Unix seconds).
+
+    ``reason`` begins with a stable code.
+    """
+
+    until: float
+    reason: str
+
+
 class RemoteRunner(msgspec.Struct, frozen=True):
     """A registration as the forge shows it."""
 

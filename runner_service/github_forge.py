@@ -1,18 +1,21 @@
 """GitHub as the control plane sees a forge: registrations by name, runners by id, jobs as events."""
 
-import fnmatch
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from github_webhook import events, github
-from github_webhook.app_auth import AppAuth, Auth
+from github_webhook.app_auth import Auth
 from github_webhook.app_auth import Scope as GitHubScope
-from github_webhook.errors import AnswerInvalid, DeliveryRefused, JitConfigInvalid
+from github_webhook.circuit import Circuits
+from github_webhook.errors import AnswerInvalid, DeliveryRefused, JitConfigInvalid, NotInstalled, Suspended
 from github_webhook.jit import decode
+from github_webhook.patterns import fits
 from github_webhook.rest import clone_url
+from github_webhook.routes import Routes
 from images.mirror import Credential
 from runner_service.domain import (
+    Held,
     Ignored,
     JobEvent,
     JobState,
@@ -35,16 +38,20 @@ class GitHubForge:
     """The ``Forge`` protocol over the REST client."""
 
     def __init__(
-        self, client: github.GitHub, *, runner_group_id: int, clock: Callable[[], float] = time.time
+        self,
+        client: github.GitHub,
+        *,
+        runner_group: Callable[[Scope], int] = lambda _scope: 1,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._client = client
-        self._group = runner_group_id
+        self._group = runner_group
         self._clock = clock
 
     async def register(self, scope: Scope, *, name: str, labels: Sequence[str]) -> Registration:
         """A fresh registration. A name that exists is our own lost answer: it is replaced unless it is busy."""
         made = await self._client.generate_jit_config(
-            _scope(scope), name=name, labels=labels, runner_group_id=self._group, replace=True
+            _scope(scope), name=name, labels=labels, runner_group_id=self._group(scope), replace=True
         )
         try:
             files = decode(made.encoded_jit_config)
@@ -66,6 +73,13 @@ class GitHubForge:
         found = await self._client.get_job(owner, repo, int(forge_job_id))
         return None if found is None else _job_event(found, owner, repo, self._clock())
 
+    def held(self, scope: Scope) -> Held | None:
+        """Why nothing is registered in this scope now; None when nothing speaks against it."""
+        held = self._client.held(_scope(scope))
+        if held is None:
+            return None
+        return Held(held.until, f"{held.code}: {held.reason}")
+
 
 def origin_of(auth: Auth, api_url: str) -> OriginOf:
     """Where the forge's repositories are cloned from, each with a credential for that one."""
@@ -79,10 +93,11 @@ def origin_of(auth: Auth, api_url: str) -> OriginOf:
 
 
 class Interpreter:
-    """Reads stored deliveries; tells an App's credentials which installations come and go."""
+    """Reads stored deliveries; tells the credentials which installations come and go."""
 
-    def __init__(self, auth: AppAuth | None = None) -> None:
-        self._auth = auth
+    def __init__(self, routes: Routes | None = None, circuits: Circuits | None = None) -> None:
+        self._routes = routes or Routes(())
+        self._circuits = circuits or Circuits()
 
     def __call__(self, row: InboxRow) -> JobEvent | Push | Ignored:
         """What a stored delivery says about a job or a branch."""
@@ -92,21 +107,28 @@ class Interpreter:
             return Ignored(error.code)
         if isinstance(event, events.Ignored):
             return Ignored(event.reason)
-        if isinstance(event, events.WorkflowJobEvent):
-            if self._auth is not None and event.installation_id is not None:
-                self._auth.learn(GitHubScope.repository(event.owner, event.repo), event.installation_id)
-            return _event(event, row)
-        if isinstance(event, events.PushEvent):
-            if self._auth is not None and event.installation_id is not None:
-                self._auth.learn(GitHubScope.repository(event.owner, event.repo), event.installation_id)
-            return _push(event, row)
-        if (
-            isinstance(event, events.InstallationEvent)
-            and event.action in ("deleted", "suspend")
-            and self._auth
-        ):
-            self._auth.forget(event.installation_id)
+        if isinstance(event, events.WorkflowJobEvent | events.PushEvent):
+            if event.installation_id is not None:
+                self._routes.learn(GitHubScope.repository(event.owner, event.repo), event.installation_id)
+            return _event(event, row) if isinstance(event, events.WorkflowJobEvent) else _push(event, row)
+        if isinstance(event, events.InstallationEvent):
+            self._installation(event)
         return Ignored(row.event)
+
+    def _installation(self, event: events.InstallationEvent) -> None:
+        """Suspended or removed: its jobs wait from now on. Back again: they are served at once."""
+        if event.action in ("deleted", "suspend"):
+            self._routes.forget(event)
+            gone = event.action == "deleted"
+            what = f"the App's installation on {event.account} was {'removed' if gone else 'suspended'}"
+            error = (NotInstalled if gone else Suspended)(f"{what}, as an event said")
+            owner, _, repo = next(iter(event.repositories), "").partition("/")
+            hint = GitHubScope.repository(owner, repo) if repo else None
+            for bucket in self._routes.buckets(event):
+                self._circuits.hold(bucket, error, hint)
+        elif event.action in ("created", "unsuspend", "new_permissions_accepted"):
+            for bucket in self._routes.buckets(event):
+                self._circuits.lift(bucket)
 
 
 def _event(event: events.WorkflowJobEvent, row: InboxRow) -> JobEvent:
@@ -149,13 +171,14 @@ def _push(event: events.PushEvent, row: InboxRow) -> Push | Ignored:
 
 def scope_chooser(settings: GitHubSettings) -> Callable[[JobEvent | Push], Scope | None]:
     """Where a job's runner registers; None for a repository that is not to be served."""
-    patterns = [pattern.lower() for pattern in settings.repositories]
+    apps = settings.credentials
 
     def scope_of(event: JobEvent | Push) -> Scope | None:
         path = f"{event.owner}/{event.repo}"
-        if patterns and not any(fnmatch.fnmatchcase(path.lower(), pattern) for pattern in patterns):
+        app = next((app for app in apps if not app.repositories or fits(path, app.repositories)), None)
+        if app is None:
             return None
-        if settings.register_at == "organization":
+        if app.register_at == "organization":
             return Scope("organization", event.owner)
         return Scope("repository", path)
 

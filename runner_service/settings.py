@@ -9,6 +9,7 @@ Secrets are never values here: a setting names the file or the environment varia
 
 import difflib
 import ipaddress
+import itertools
 import math
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
+from github_webhook.patterns import overlap
 from vmm_core.errors import BadRequest
 from vmm_core.machine import EgressRule, Network
 from vmm_core.network.egress import check_network
@@ -66,11 +68,31 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_days: float = 14.0
 
 
+class GitHubApp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One App, or one token, of several: whose repositories it serves, and its webhook's secrets.
+
+    What is not given (``register_at``, ``runner_group_id``) is as in ``[github]``.
+    """
+
+    name: str = ""
+    app_id: str = ""
+    private_key_file: str = ""
+    private_key_env: str = ""
+    token_file: str = ""
+    token_env: str = ""
+    webhook_secret_files: tuple[str, ...] = ()
+    webhook_secret_env: str = ""
+    repositories: tuple[str, ...] = ()
+    register_at: Literal["repository", "organization"] | None = None
+    runner_group_id: int | None = None
+
+
 class GitHubSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One GitHub: an App (``app_id`` + ``private_key_file``) or a personal token, and whose jobs are served.
 
     ``repositories`` are patterns such as ``owner/*``; empty means every repository that sends signed events.
     ``server_url`` is the address at which jobs see it (their GITHUB_SERVER_URL), when ``base_url`` does not tell.
+    ``apps`` are further Apps or tokens of the same GitHub, each for repositories of its own.
     """
 
     base_url: str = "https://api.github.com"
@@ -86,6 +108,25 @@ class GitHubSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     register_at: Literal["repository", "organization"] = "repository"
     runner_group_id: int = 1
     timeout_s: float = 10.0
+    apps: tuple[GitHubApp, ...] = ()
+
+    @property
+    def credentials(self) -> tuple[GitHubApp, ...]:
+        """Everyone's credentials, complete: those of the section itself first, if it has any."""
+        own = GitHubApp(
+            "github", self.app_id, self.private_key_file, self.private_key_env, self.token_file, self.token_env,
+            self.webhook_secret_files, self.webhook_secret_env, self.repositories,
+        )  # fmt: skip
+        has_own = bool(_secret_of(own) or _token_of(own) or own.app_id)
+        every = (*((own,) if has_own or not self.apps else ()), *self.apps)
+        return tuple(
+            msgspec.structs.replace(
+                app,
+                register_at=app.register_at or self.register_at,
+                runner_group_id=app.runner_group_id or self.runner_group_id,
+            )
+            for app in every
+        )
 
 
 class Egress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -190,6 +231,13 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
+# Arrays of tables within a section: in the environment they are JSON.
+_TABLES: dict[tuple[str, str], type[msgspec.Struct]] = {
+    ("runners", "egress"): Egress,
+    ("github", "apps"): GitHubApp,
+}
+
+
 def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings from ``file`` (or the first default that exists) and the environment.
 
@@ -229,14 +277,20 @@ def read_secret(
 
 
 def webhook_secrets(settings: GitHubSettings, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """All secrets that may sign a delivery, newest first; several while one is being rotated."""
-    found = [
-        _secret_file(Path(file), "github.webhook_secret_files") for file in settings.webhook_secret_files
-    ]
-    more = read_secret(
-        file="", variable=settings.webhook_secret_env, what="github.webhook_secret_env", environ=environ
-    )
-    return tuple(found if more is None else [*found, more])
+    """All secrets that may sign a delivery, of every App; several of one while it is being rotated."""
+    found: list[str] = []
+    own = GitHubApp(
+        "github", webhook_secret_files=settings.webhook_secret_files, webhook_secret_env=settings.webhook_secret_env
+    )  # fmt: skip
+    for app in (own, *settings.apps):
+        where = "github" if app is own else f"github.apps {app.name}"
+        found += [
+            _secret_file(Path(file), f"{where}.webhook_secret_files") for file in app.webhook_secret_files
+        ]
+        what = f"{where}.webhook_secret_env"
+        more = read_secret(file="", variable=app.webhook_secret_env, what=what, environ=environ)
+        found += [more] if more is not None else []
+    return tuple(dict.fromkeys(found))
 
 
 def _source(file: Path | None, env: Mapping[str, str]) -> Path | None:
@@ -273,13 +327,14 @@ def _check_keys(tree: Mapping[str, Any], origin: str) -> None:
             raise SettingsError(f"{origin}: [{section}] must be a table of keys")
         for key in table:  # pyright: ignore[reportUnknownVariableType]
             _check_key(str(key), sections[section], f"{origin}: [{section}]")  # pyright: ignore[reportUnknownArgumentType]
-    _check_egress_keys(tree.get("runners", {}).get("egress"), f"{origin}: [[runners.egress]]")
+    for (section, key), kind in _TABLES.items():
+        _check_table_keys(tree.get(section, {}).get(key), kind, f"{origin}: [[{section}.{key}]]")
 
 
-def _check_egress_keys(rules: Any, where: str) -> None:
-    for rule in rules if isinstance(rules, list) else ():  # pyright: ignore[reportUnknownVariableType]
-        for key in rule if isinstance(rule, dict) else ():  # pyright: ignore[reportUnknownVariableType]
-            _check_key(str(key), Egress, where)  # pyright: ignore[reportUnknownArgumentType]
+def _check_table_keys(tables: Any, kind: type[msgspec.Struct], where: str) -> None:
+    for table in tables if isinstance(tables, list) else ():  # pyright: ignore[reportUnknownVariableType]
+        for key in table if isinstance(table, dict) else ():  # pyright: ignore[reportUnknownVariableType]
+            _check_key(str(key), kind, where)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _check_key(key: str, kind: type[msgspec.Struct], where: str) -> None:
@@ -310,19 +365,21 @@ def _apply_environment(tree: dict[str, Any], env: Mapping[str, str]) -> None:
                 )
             continue
         _check_key(key, kind, f"environment variable {name}")
-        tree.setdefault(section, {})[key] = _parse(env[name], kind, key, name)
+        tree.setdefault(section, {})[key] = _parse(env[name], kind, key, name, _TABLES.get((section, key)))
 
 
-def _parse(text: str, kind: type[msgspec.Struct], key: str, name: str) -> Any:
+def _parse(
+    text: str, kind: type[msgspec.Struct], key: str, name: str, table: type[msgspec.Struct] | None
+) -> Any:
     wanted = next(field.type for field in msgspec.structs.fields(kind) if field.name == key)
     if wanted == tuple[str, ...]:
         return [part.strip() for part in text.split(",") if part.strip()]
     try:
         if get_origin(wanted) is Literal or wanted is str:
             return msgspec.convert(text, wanted)
-        if key == "egress":
+        if table is not None:
             rules = msgspec.json.decode(text)
-            _check_egress_keys(rules, f"environment variable {name}")
+            _check_table_keys(rules, table, f"environment variable {name}")
             return msgspec.to_builtins(msgspec.convert(rules, wanted))
         return msgspec.convert(text, wanted, strict=False)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
@@ -417,15 +474,54 @@ def _check_github(github: GitHubSettings, origin: str) -> None:
     for key, url in (("base_url", github.base_url), ("server_url", github.server_url or github.base_url)):
         if not url.startswith(("https://", "http://")):
             raise SettingsError(f"{where} {key}: must start with https://, not '{url}'")
-    secret = github.private_key_file or github.private_key_env
-    token = github.token_file or github.token_env
-    if bool(github.app_id) != bool(secret):
+    for number, app in enumerate(github.apps, 1):
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", app.name) or app.name == "github":
+            raise SettingsError(
+                f"{origin}: [[github.apps]] number {number}: name must be 1 to 64 letters, digits, '.', '_' or '-', "
+                f"and not 'github', which is the section itself: '{app.name}'"
+            )
+        _check_numbers(app, f"{origin}: [[github.apps]] {app.name}:")
+    every = github.credentials
+    names = [app.name for app in every]
+    if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+        raise SettingsError(f"{origin}: [[github.apps]]: two have the name '{twice}'")
+    for app in every:
+        where = f"{origin}: [github]" if app.name == "github" else f"{origin}: [[github.apps]] {app.name}"
+        _check_app(app, where, alone=len(every) == 1)
+    for app, other in itertools.combinations(every, 2):
+        _check_apart(app, other, f"{origin}: [github]")
+
+
+def _check_app(app: GitHubApp, where: str, *, alone: bool) -> None:
+    secret, token = _secret_of(app), _token_of(app)
+    if bool(app.app_id) != bool(secret):
         raise SettingsError(f"{where}: app_id and private_key_file (or private_key_env) belong together")
     if bool(token) == bool(secret):
         raise SettingsError(
             f"{where}: give either an App (app_id, private_key_file) or a token (token_file, token_env)"
         )
-    _check_patterns(github.repositories, where)
+    _check_patterns(app.repositories, where)
+    if not app.repositories and not alone:
+        raise SettingsError(f"{where}: repositories is missing: of several, each says whose it serves")
+
+
+def _check_apart(app: GitHubApp, other: GitHubApp, where: str) -> None:
+    """Nobody is served twice: neither a repository nor, where both register at organizations, an owner."""
+    both = app.register_at == other.register_at == "organization"
+    for one, two in itertools.product(app.repositories, other.repositories):
+        if overlap(one, two) or (both and overlap(one.partition("/")[0], two.partition("/")[0])):
+            what = "owners of" if both and not overlap(one, two) else "repositories fit"
+            raise SettingsError(
+                f"{where}: '{app.name}' and '{other.name}' overlap: {what} both '{one}' and '{two}'"
+            )
+
+
+def _secret_of(app: GitHubApp) -> str:
+    return app.private_key_file or app.private_key_env
+
+
+def _token_of(app: GitHubApp) -> str:
+    return app.token_file or app.token_env
 
 
 def _secret_file(path: Path, what: str) -> str:

@@ -103,6 +103,10 @@ class Metrics:
         self.passes = Histogram(
             "microvm_pass_seconds", "One pass of the scheduler.", buckets=_SECONDS, registry=self.registry
         )
+        self.forge_held = Gauge(
+            "microvm_forge_held", "Accounts, or the whole forge, to which no call is made for now, by why.",
+            ["code"], registry=self.registry,
+        )  # fmt: skip
         self.runners = Gauge("microvm_runners", "Runners by state.", ["state"], registry=self.registry)
         self.vms = Gauge("microvm_vms", "VMs of this host.", registry=self.registry)
         self.room = Gauge("microvm_room_vms", "VMs this host could still take.", registry=self.registry)
@@ -154,6 +158,12 @@ class Metrics:
         self.network = self._counter(
             "microvm_repository_network_bytes", "Network traffic of ended VMs.", [*ended, "direction"]
         )
+
+    def hold_back(self, codes: Iterable[str]) -> None:
+        """How many are held back now, by code."""
+        self.forge_held.clear()
+        for code in codes:
+            self.forge_held.labels(code).inc()
 
     def _gauge(self, name: str, what: str, labels: list[str]) -> Gauge:
         return Gauge(name, what, labels, registry=self.registry)

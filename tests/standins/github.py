@@ -142,6 +142,46 @@ class StandinGitHub:
         )
         return AppCredentials(client_id, installation_id, pem.decode())
 
+    def rename(self, owner: str, repo: str, *, name: str) -> Repository:
+        """The repository has another name from now on; the old one leads to it."""
+        old = self.repository(owner, repo)
+        del self.actions.repositories[old.full_name.lower()]
+        self.rest.moved[old.full_name.lower()] = old.id
+        for runner in self.actions.runners.values():
+            if (runner.owner, runner.repo) == (old.owner, old.name):
+                runner.repo = name
+        old.name = name
+        self.actions.repositories[old.full_name.lower()] = old
+        return old
+
+    def installation(self, app: AppCredentials, action: str) -> Sent:
+        """Suspend, unsuspend, delete or create (again) an App's installation, and tell of it."""
+        known = self.rest.apps[app.client_id]
+        owner = known.installations.get(app.installation_id) or known.former.get(app.installation_id, "")
+        if action == "suspend":
+            known.suspended.add(app.installation_id)
+        elif action == "deleted":
+            known.former[app.installation_id] = known.installations.pop(app.installation_id)
+        elif action in ("created", "unsuspend"):
+            known.suspended.discard(app.installation_id)
+            known.installations[app.installation_id] = owner
+        for token in [v for v, one in self.rest.tokens.items() if one.owner == owner]:
+            del self.rest.tokens[token]
+        payload = {
+            "action": action,
+            "installation": {
+                **self.rest.shapes.installation(app.installation_id, owner, known.id),
+                "client_id": app.client_id,
+            },
+            "repositories": [
+                {"id": one.id, "name": one.name, "full_name": one.full_name, "private": one.private}
+                for one in self.actions.repositories.values()
+                if one.owner == owner
+            ],
+            "sender": self.rest.shapes.user(owner),
+        }
+        return self.webhooks.send("installation", payload, installation_id=app.installation_id)
+
     async def queue_run(
         self, owner: str, repo: str, ref: str | None = None, *, workflow: str = WORKFLOW, event: str = "push"
     ) -> Run:

@@ -29,6 +29,8 @@ class App:
     client_id: str
     public_key: Any
     installations: dict[int, str] = field(default_factory=dict)
+    suspended: set[int] = field(default_factory=set)
+    former: dict[int, str] = field(default_factory=dict)
     hours: dict[int, "Hour"] = field(default_factory=dict)
 
 
@@ -105,11 +107,16 @@ class Rest:
         self.apps: dict[str, App] = {}
         self.token_seconds = 3600.0
         self.calls_an_hour = 5000
+        self.moved: dict[str, int] = {}
+        """Old names (lower case) of repositories that were renamed, and their ids."""
         self._jit_config = jit_config
 
     async def handle(self, request: Request) -> Response | None:
         """The answer, or None when no route of ours fits."""
-        path = request.path.removeprefix("/api/v3")
+        path = self._by_number(request.path.removeprefix("/api/v3"))
+        moved = self._moved(request, path)
+        if moved is not None:
+            return moved
         known = False
         for method, pattern, name in _ROUTES:
             found = pattern.fullmatch(path)
@@ -119,6 +126,23 @@ class Rest:
             if method == request.method:
                 return await self._guarded(request, getattr(self, name), found.groupdict())
         return answer(405, _problem(405, "Method Not Allowed")) if known else None
+
+    def _by_number(self, path: str) -> str:
+        """``/repositories/ID/…`` is where renamed repositories are redirected to."""
+        found = re.match(r"/repositories/(\d+)(/.*)?$", path)
+        one = [r for r in self.actions.repositories.values() if found and str(r.id) == found[1]]
+        return f"/repos/{one[0].full_name}{found[2] or ''}" if found and one else path
+
+    def _moved(self, request: Request, path: str) -> Response | None:
+        """GitHub answers 301 to reads of a renamed repository, 307 to everything else."""
+        found = re.match(r"/repos/([^/]+/[^/]+)(/.*)?$", path)
+        number = self.moved.get(found[1].lower()) if found else None
+        if found is None or number is None:
+            return None
+        query = request.raw_path.partition("?")[2]
+        url = f"{self.shapes.api}/repositories/{number}{found[2] or ''}{f'?{query}' if query else ''}"
+        status = 301 if request.method == "GET" else 307
+        return answer(status, {"message": "Moved Permanently", "url": url}, location=url)
 
     async def _guarded(self, request: Request, handler: RestHandler, parts: dict[str, str]) -> Response:
         token = None
@@ -223,6 +247,8 @@ class Rest:
         account = app.installations.get(_number(installation_id))
         if account is None:
             raise Refused(404, "Not Found")
+        if _number(installation_id) in app.suspended:
+            raise Refused(403, "This installation has been suspended")
         # Longer than the 40 characters these tokens used to have: nobody may rely on a length.
         value = f"ghs_{app.id}_{secrets.token_urlsafe(180)}"
         expires_at = time.time() + self.token_seconds

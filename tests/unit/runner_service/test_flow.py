@@ -1,11 +1,13 @@
 """The life of a runner over stand-ins: the usual way, every other way out, and a kill at every effect."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
 
 from github_webhook.errors import Forbidden, RateLimited, Unavailable
+from runner_service.domain import Held
 from tests.unit.runner_service.world import RUNNERS, World, until
 from vmm_core.errors import PoolFull
 from vmm_core.machine import VmExit
@@ -169,18 +171,17 @@ async def test_a_refused_registration_is_told_and_braked_and_leaves_nothing(tmp_
     world.forge.faults["register"] = [Forbidden("no permission administration:write", status=403)]
     async with world.running() as service:
         job = world.forge.queue()
-        await asyncio.sleep(0.4)
+        async with asyncio.timeout(20):
+            while "administration:write" not in ((await service.story(job.id)).job.waits_for or ""):
+                await asyncio.sleep(0.01)
+        await until(lambda: not world.host.machines and not world.forge.runners)
         story = await service.story(job.id)
-        assert not world.host.machines and not world.forge.runners
         assert any("administration:write" in line.reason for line in story.timeline)
-        assert "administration:write" in (story.job.waits_for or "")
         await world.until_quiet()
     assert job.runs == 1
 
 
 async def test_a_rate_limit_holds_the_group_back_until_it_ends(tmp_path: Path) -> None:
-    import time
-
     world = World(tmp_path)
     until = time.time() + 1.5
     world.forge.faults["register"] = [RateLimited("secondary rate limit", retry_at=until, status=403)]
@@ -189,6 +190,25 @@ async def test_a_rate_limit_holds_the_group_back_until_it_ends(tmp_path: Path) -
         await world.until_quiet()
         assert time.time() >= until
     assert job.runs == 1
+
+
+async def test_jobs_of_an_account_that_is_held_back_wait_for_that_without_a_vm(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    reason = "forge_suspended: the installation of the App on o is suspended"
+    until_ = time.time() + 60
+    world.held = lambda job: Held(until_, reason) if job.owner == "o" else None
+    async with world.running() as service:
+        held, other = world.forge.queue(), world.forge.queue(repo="p/q")
+        await until(lambda: other.state == "completed")
+        story = await service.story(held.id)
+        assert held.state == "queued" and not story.runners
+        assert (story.job.waits_for or "").startswith(reason)
+        assert any("forge_suspended" in (line.waits_for or "") for line in story.timeline)
+        # The event, or a probe, says that it is back.
+        world.held = lambda _job: None
+        service.scheduler.wake()
+        await world.until_quiet()
+    assert held.runs == other.runs == 1
 
 
 async def test_a_fork_that_fails_leaves_no_registration(tmp_path: Path) -> None:
@@ -266,9 +286,8 @@ async def test_vms_that_no_row_owns_are_gone_after_two_passes(tmp_path: Path) ->
         # Those of other programs are none of our business while these programs live.
         await until(lambda: [m.record.metadata for m in world.host.machines.values()] == others)
     async with world.running():
-        await asyncio.sleep(0.5)
         # Left alone by their dead program; the engine ends the stranger's in time.
-        assert [m.record.metadata for m in world.host.machines.values()] == others[-1:]
+        await until(lambda: [m.record.metadata for m in world.host.machines.values()] == others[-1:], 20)
     await world.host.close()
 
 

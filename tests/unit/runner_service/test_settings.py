@@ -7,6 +7,9 @@ import pytest
 from runner_service import settings
 from runner_service.settings import SettingsError
 
+APP = "[[github.apps]]\nname = 'a'\n"
+OTHER = "[[github.apps]]\nname = 'b'\n"
+
 
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "microvm.toml"
@@ -83,6 +86,30 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
         ("[bakes]\nrepositories = ['o']\n", ["[bakes] repositories", "'o'", "owner/*"]),
         ("[bakes]\nlimit = 1\n", ["[bakes]", "'limit'", "'limit_s'"]),
         ("[github]\ntoken_env = 'A'\nserver_url = 'forge'\n", ["[github] server_url", "'forge'"]),
+        ("[[github.apps]]\napp_id = 'I'\n", ["[[github.apps]] number 1", "name"]),
+        (f"{APP}token_fil = 'x'\n", ["[[github.apps]]", "'token_fil'", "'token_file'"]),
+        (f"{APP}app_id = 'I'\n", ["[[github.apps]] a", "private_key_file"]),
+        (f"{APP}", ["[[github.apps]] a", "token_file"]),
+        (f"{APP}token_env = 'A'\n{APP}token_env = 'A'\n", ["two have the name 'a'"]),
+        (
+            f"{APP}token_env = 'A'\n{OTHER}token_env = 'B'\nrepositories = ['o/*']\n",
+            ["a: repositories is missing"],
+        ),
+        (
+            f"[github]\ntoken_env = 'A'\n{OTHER}token_env = 'B'\nrepositories = ['o/*']\n",
+            ["[github]: repositories is missing"],
+        ),
+        (
+            f"{APP}token_env = 'A'\nrepositories = ['o/*']\n{OTHER}token_env = 'B'\nrepositories = ['x/y', 'O/r']\n",
+            ["'a' and 'b' overlap", "'o/*'", "'O/r'"],
+        ),
+        (
+            "[github]\nregister_at = 'organization'\n"
+            f"{APP}token_env = 'A'\nrepositories = ['o/a']\n{OTHER}token_env = 'B'\nrepositories = ['o/b']\n",
+            ["'a' and 'b' overlap", "owners of"],
+        ),
+        (f"{APP}token_env = 'A'\nregister_at = 'team'\n", ["[github] apps", "'team'"]),
+        (f"{APP}token_env = 'A'\nrunner_group_id = 0\n", ["[[github.apps]] a", "runner_group_id"]),
         ("service = 1\n", ["[service]", "table"]),
         ("[service\n", ["not valid TOML"]),
     ],
@@ -106,6 +133,7 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, words: list[str]) -> None
         ("MICROVM_RUNNERS_EGRESS", "[", ["MICROVM_RUNNERS_EGRESS"]),
         ("MICROVM_RUNNERS_EGRESS", '[{"qqq": 1}]', ["MICROVM_RUNNERS_EGRESS", "host, port, via"]),
         ("MICROVM_RUNNERS_EGRESS", '{"host": 1}', ["MICROVM_RUNNERS_EGRESS", "array"]),
+        ("MICROVM_GITHUB_APPS", '[{"nam": "x"}]', ["MICROVM_GITHUB_APPS", "'name'"]),
         ("MICROVM_SERVICE_LOG_LEVEL", "loud", ["MICROVM_SERVICE_LOG_LEVEL", "debug"]),
     ],
 )
@@ -149,3 +177,43 @@ def test_several_webhook_secrets_while_one_is_rotated(tmp_path: Path) -> None:
         webhook_secret_files=(str(tmp_path / "new"), str(tmp_path / "old")), webhook_secret_env="THIRD"
     )
     assert settings.webhook_secrets(github, {"THIRD": "third"}) == ("new", "old", "third")
+
+
+def test_several_apps_beside_the_section_s_own(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        [github]
+        token_env = "A"
+        repositories = ["o/*"]
+        runner_group_id = 3
+        [[github.apps]]
+        name = "acme"
+        app_id = "Iv1"
+        private_key_env = "K"
+        repositories = ["acme/*"]
+        register_at = "organization"
+        """,
+    )
+    found = settings.load(path, {}).github
+    assert found is not None
+    own, acme = found.credentials
+    assert (own.name, own.token_env, own.register_at, own.runner_group_id) == ("github", "A", "repository", 3)
+    assert (acme.name, acme.app_id, acme.register_at, acme.runner_group_id) == (
+        "acme",
+        "Iv1",
+        "organization",
+        3,
+    )
+    env = {"MICROVM_GITHUB_APPS": '[{"name": "x", "token_env": "B"}]'}
+    alone = settings.load(Path("/dev/null"), env).github
+    assert alone is not None and [app.name for app in alone.credentials] == ["x"]
+
+
+def test_deliveries_signed_by_any_of_the_apps_are_taken() -> None:
+    apps = (settings.GitHubApp("a", webhook_secret_env="A"), settings.GitHubApp("b", webhook_secret_env="B"))
+    github = settings.GitHubSettings(webhook_secret_env="OWN", apps=apps)
+    env = {"OWN": "one", "A": "two", "B": "one"}
+    assert settings.webhook_secrets(github, env) == ("one", "two")
+    with pytest.raises(SettingsError, match=r"github\.apps b"):
+        settings.webhook_secrets(github, {"OWN": "one", "A": "two"})

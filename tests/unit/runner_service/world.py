@@ -15,7 +15,7 @@ from runner_service.bake_plan import Planner
 from runner_service.bakes import Bakes, bake_logs
 from runner_service.choice import Chooser
 from runner_service.decide import Decider, Rules
-from runner_service.domain import Host, Job, JobEvent, Parent, Push, Repository, Runner, Scope, Template
+from runner_service.domain import Held, Host, Job, JobEvent, Parent, Push, Repository, Runner, Scope, Template
 from runner_service.facts import Limits
 from runner_service.flow import Flow
 from runner_service.inbox import StoreInbox
@@ -87,6 +87,7 @@ class World:
         self.outbox: list[JobEvent | Push] = []
         self.deliver_now = True
         self.mangle: Callable[[JobEvent], list[JobEvent]] = lambda event: [event]
+        self.held: Callable[[Job], Held | None] = lambda _job: None
         self.kill_at: int | None = None
         self.effects: list[str] = []
         self.dead = asyncio.Event()
@@ -293,6 +294,7 @@ class Service:
             scope_of=lambda event: Scope("repository", f"{event.owner}/{event.repo}"),
             templates=catalog.templates,
             parents=catalog.parents,
+            held=lambda job: world.held(job),  # noqa: PLW0108 - tests change it
         )
         self.scheduler = Scheduler(
             store=self.store,
