@@ -105,6 +105,15 @@ class _Count(msgspec.Struct):
     paid: int = 0
 
 
+class RemoteRun(msgspec.Struct, frozen=True):
+    """A workflow run as GitHub shows it; each re-run of any of its jobs is another ``attempt``."""
+
+    id: int
+    status: str
+    conclusion: str | None
+    attempt: int
+
+
 class _Label(msgspec.Struct):
     name: str
 
@@ -140,6 +149,13 @@ class _Runners(msgspec.Struct):
 
 class _Run(msgspec.Struct):
     id: int
+
+
+class _RunState(msgspec.Struct):
+    id: int
+    status: str | None
+    conclusion: str | None
+    run_attempt: int = 1
 
 
 class _Runs(msgspec.Struct):
@@ -194,6 +210,7 @@ class _Jobs(msgspec.Struct):
 _jit = msgspec.json.Decoder(_Jit)
 _runner = msgspec.json.Decoder(_Runner)
 _runners = msgspec.json.Decoder(_Runners)
+_run = msgspec.json.Decoder(_RunState)
 _runs = msgspec.json.Decoder(_Runs)
 _job = msgspec.json.Decoder(_Job)
 _jobs = msgspec.json.Decoder(_Jobs)
@@ -313,6 +330,12 @@ class GitHub:
         except NotFound:
             return None
         return answer.read(_job).public()
+
+    async def get_run(self, owner: str, repo: str, run_id: int) -> RemoteRun:
+        """A run and its newest attempt. Raises NotFound when GitHub knows none of that id."""
+        scope = Scope.repository(owner, repo)
+        found = (await self._call("GET", f"{scope.path}/actions/runs{path(run_id)}", scope)).read(_run)
+        return RemoteRun(found.id, found.status or "", found.conclusion, found.run_attempt)
 
     async def untaken_jobs(self, owner: str, repo: str, *, after: int = 0) -> Untaken:
         """The jobs of a repository that no runner has yet (queued, or waiting for an approval), oldest run first.

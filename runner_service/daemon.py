@@ -38,11 +38,13 @@ from runner_service.domain import Host, Job, JobEvent, Runner
 from runner_service.egress import forge_rule
 from runner_service.facts import Limits
 from runner_service.flow import Flow
+from runner_service.frozen import Freezer
 from runner_service.holds import Probes, told
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
 from runner_service.ports import Forge
 from runner_service.repositories import Mirrors, OriginOf, permitted_by
+from runner_service.reruns import Reruns
 from runner_service.scheduler import Scheduler
 from runner_service.settings import GitHubSettings, Settings, read_secret
 from runner_service.store import queries as q
@@ -139,6 +141,14 @@ class Service:
             limit=settings.bakes.choice_limit_s,
         )
         limits = Limits.of(runners)
+        self._freezer = Freezer(
+            store=store,
+            machines=engine,
+            settings=settings.frozen,
+            host=settings.service.name,
+            size=lambda digest: asyncio.to_thread(engine.snapshots.private_bytes, digest),
+            metrics=self._metrics,
+        )
         flow = Flow(
             hypervisor=engine,
             forges=self._forges,
@@ -151,6 +161,7 @@ class Service:
             choose=chooser.choose,
             confirm=chooser.confirm,
             chosen=lambda code: self._metrics.parents.labels(code).inc(),
+            freezer=self._freezer,
             egress=_egress(settings),
             forge_rules=self._forge_rules(),
         )
@@ -171,6 +182,12 @@ class Service:
             parents=self._catalog.parents,
             held=lambda job: forge.held(job.scope) if forge is not None else None,
         )
+        self._reruns = Reruns(
+            store=store,
+            forges=self._forges,
+            patterns=runners.rerun_on_infra_failure,
+            metrics=self._metrics,
+        )
         memory = runners.memory_mib or host_available_mib() * 8 // 10
         self.scheduler = Scheduler(
             store=store,
@@ -184,6 +201,7 @@ class Service:
             keep_seconds=settings.service.keep_days * 86400,
             prune_logs=self._logs.prune,
             moved=self._planner.wake if self._planner is not None else lambda: None,
+            failed=self._reruns.wake,
         )
         # What was held back goes on at once when its calls get through again.
         circuits.changed = self.scheduler.wake
@@ -220,12 +238,15 @@ class Service:
         working: list[asyncio.Task[None]] = []
         try:
             announce(self._settings.data_dir, listening, webhooks)
+            await self._freezer.start()  # what is overdue goes before anything else
             await self._prepare()
             await self.scheduler.start()
             self._recovered = True
             working.append(asyncio.create_task(self.scheduler.run(), name="scheduler"))
             if self._probes is not None:
                 working.append(asyncio.create_task(self._probes.run(), name="probes"))
+            working.append(asyncio.create_task(self._reruns.run(), name="reruns"))
+            working.append(asyncio.create_task(self._freezer.run(), name="frozen"))
             if self._bakes is not None and self._planner is not None:
                 await self._bakes.start()
                 working.append(asyncio.create_task(self._bakes.run(), name="bakes"))

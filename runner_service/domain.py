@@ -120,7 +120,7 @@ class Runner(msgspec.Struct, frozen=True, kw_only=True):
     Only the runner's own task writes ``state``; others write facts (``serving_job_id``, ``job_done_at``,
     ``cancelled_at``, ``killed_at``), which are read before each step. ``code`` and ``reason`` say why it retires.
     ``digest`` is what it is forked from, ``parent`` the name of that when it is a repository's parent.
-    ``usage`` is what its VM cost in all, once it has ended.
+    ``usage`` is what its VM cost in all, once it has ended; ``infra`` is the code when infrastructure failed under it.
     """
 
     id: str
@@ -151,6 +151,7 @@ class Runner(msgspec.Struct, frozen=True, kw_only=True):
     code: str | None = None
     reason: str | None = None
     exit_code: int | None = None
+    infra: str | None = None
     usage: VmUsage | None = None
     ended_at: float | None = None
     lease_owner: str | None = None

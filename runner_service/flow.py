@@ -43,6 +43,7 @@ from runner_service.domain import (
 )
 from runner_service.egress import merged
 from runner_service.facts import EXIT_MEANING, FORCED, Limits, facts, late, spent
+from runner_service.frozen import FAILED, KEEPS, Freezer, result_in
 from runner_service.joblog import JobLogs
 from runner_service.live import EXEC_ID, Live
 from runner_service.parents import Choice
@@ -83,6 +84,7 @@ class Flow:
         choose: Callable[[str, Template], Awaitable[Choice | None]],
         confirm: Callable[[str, Template], Awaitable[Choice | None]],
         chosen: Callable[[str], None] = lambda _code: None,
+        freezer: Freezer | None = None,
         egress: tuple[EgressRule, ...] = (),
         forge_rules: Mapping[str, EgressRule] | None = None,
         clock: Callable[[], float] = time.time,
@@ -98,6 +100,7 @@ class Flow:
         self._choose = choose
         self._confirm = confirm
         self._chosen = chosen
+        self._freezer = freezer
         self._egress = egress
         self._forge_rules = forge_rules or {}
         self.clock = clock
@@ -380,14 +383,56 @@ class Flow:
                 await self._refresh_job(runner, live)
             if answer == "failed":
                 return Wait(min(now + _RETRY_EVERY, runner.deadline), "the forge to deregister it")
+        if (waiting := await self._keep(runner, live)) is not None:
+            return waiting
         await self._destroy(runner, live)
-        answer = "gone" if runner.deregistered else await self._deregister(runner, live)
+        answer = "gone" if _deregistered(runner, live) else await self._deregister(runner, live)
         if answer in ("busy", "failed") and not overdue:
             pause = _BUSY_EVERY if answer == "busy" else _RETRY_EVERY
             return Wait(min(now + pause, runner.deadline), "the forge to deregister it")
         if answer in ("busy", "failed"):
             live.note(runner, now, "not deregistered", "the forge did not let it go within the deadline")
         return Goto("gone", runner.reason or "retired", runner.code or "ok")
+
+    async def _keep(self, runner: Runner, live: Live) -> Wait | None:
+        """Freeze the VM of a failed job where its repository wants that; its registration must be gone before."""
+        job = await self._failed_job(runner, live)
+        if job is None or self._freezer is None or live.vm is None:
+            return None
+        answer = "gone" if _deregistered(runner, live) else await self._deregister(runner, live)
+        now = self.clock()
+        if answer in ("busy", "failed"):
+            if now < runner.deadline:
+                return Wait(min(now + _RETRY_EVERY, runner.deadline), "the forge to deregister it")
+            live.note(runner, now, "not frozen", "the forge did not let its registration go in time")
+            return None
+        try:
+            kept = await self._freezer.freeze(runner, job, live.vm)
+        except VmmError as error:
+            live.note(runner, self.clock(), "not frozen", str(error))
+        else:
+            hours = (kept.expires_at - kept.created_at) / 3600
+            live.note(
+                runner, self.clock(), "frozen", f"kept as {kept.id} for {hours:.3g} h: microvm shell {job.id}"
+            )
+        return None
+
+    async def _failed_job(self, runner: Runner, live: Live) -> Job | None:
+        """The job that failed in its VM, if that shall be kept; the forge's word counts, else the runner's own."""
+        job_id = runner.serving_job_id or runner.job_id
+        if self._freezer is None or runner.code not in KEEPS or live.vm is None or job_id is None:
+            return None
+        job = await self._job(job_id) if live.ended is None else None
+        if job is None or not self._freezer.wants(job):
+            return None
+        if live.verdict is None:
+            live.verdict = job.conclusion if job.runner_name == runner.id else None
+        if live.verdict is None:
+            event = await self._ask(runner, live, lambda: self._look_at(runner, job))
+            mine = event is not None and event.runner_name == runner.id
+            said = result_in(self._logs.path(runner.id)) if mine or runner.serving_job_id else None
+            live.verdict = (event.conclusion if event is not None and mine else None) or said or "unknown"
+        return job if live.verdict in FAILED else None
 
     async def _deregister(self, runner: Runner, live: Live) -> str:
         """``deleted``, ``gone`` (the forge knows it no more), ``busy``, or ``failed`` (told in the timeline)."""
@@ -438,7 +483,10 @@ class Flow:
         if ending is not None and ending.guest_oom:
             live.note(runner, self.clock(), "guest out of memory", ending.guest_oom)
         cost = spent(ending.usage) if ending is not None and ending.usage is not None else ""
-        live.note(runner, self.clock(), "destroyed", f"the VM and all it held are given back{cost}")
+        if ending is not None and ending.cause == "frozen":
+            live.note(runner, self.clock(), "given back", f"its memory and network; it is frozen{cost}")
+        else:
+            live.note(runner, self.clock(), "destroyed", f"the VM and all it held are given back{cost}")
         job_id = runner.serving_job_id or runner.job_id
         job = await self._job(job_id) if job_id is not None else None
         live.repository = f"{job.owner}/{job.repo}" if job is not None else runner.scope_path
@@ -461,14 +509,13 @@ class Flow:
         job = await self._job(job_id) if job_id is not None and runner.job_done_at is None else None
         if job is None:
             return None
-        event = await self._ask(
-            runner,
-            live,
-            lambda: self._forge(runner).job(job.scope, job.forge_job_id, owner=job.owner, repo=job.repo),
-        )
+        event = await self._ask(runner, live, lambda: self._look_at(runner, job))
         if event is not None:
             self._observe(event)
         return event
+
+    def _look_at(self, runner: Runner, job: Job) -> Awaitable[JobEvent | None]:
+        return self._forge(runner).job(job.scope, job.forge_job_id, owner=job.owner, repo=job.repo)
 
     async def _ask(self, runner: Runner, live: Live, question: Callable[[], Awaitable[T]]) -> T | None:
         """The answer, or None when the forge fails: then the timeline says so once, and life goes on."""
@@ -479,3 +526,7 @@ class Flow:
                 live.said = str(error)
                 live.note(runner, self.clock(), "forge failed", str(error))
             return None
+
+
+def _deregistered(runner: Runner, live: Live) -> bool:
+    return runner.deregistered or live.changes.get("deregistered", False)

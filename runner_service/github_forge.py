@@ -80,6 +80,21 @@ class GitHubForge:
             return None
         return Held(held.until, f"{held.code}: {held.reason}")
 
+    async def rerun(
+        self, scope: Scope, forge_job_id: str, *, owner: str, repo: str, run_id: str, attempt: int
+    ) -> Literal["asked", "not_over", "newer", "cancelled"]:
+        """A run's attempt grows with each re-run: the order is given for one attempt, so it can not be given twice."""
+        del scope
+        run = await self._client.get_run(owner, repo, int(run_id))
+        if run.attempt > attempt:
+            return "newer"
+        if run.status != "completed":
+            return "not_over"
+        if run.conclusion == "cancelled":
+            return "cancelled"
+        await self._client.rerun_job(owner, repo, int(forge_job_id))
+        return "asked"
+
 
 def origin_of(auth: Auth, api_url: str) -> OriginOf:
     """Where the forge's repositories are cloned from, each with a credential for that one."""

@@ -42,6 +42,8 @@ class Live:
         self.listening = False
         self.looks = 0
         self.said: str | None = None
+        # How its job ended, once that was asked for.
+        self.verdict: str | None = None
         self.retry_at: float | None = None
         self.changes: dict[str, Any] = {}
         self.lines: list[TimelineRow] = []

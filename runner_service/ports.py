@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from runner_service.domain import JobEvent, Parent, Registration, RemoteRunner, Repository, Scope, Template
-from vmm_core.machine import EgressRule, ExecResult, ForkTimings, GuestFile, Output, VmExit, VmRecord
+from vmm_core.machine import EgressRule, ExecResult, ForkTimings, Frozen, GuestFile, Output, VmExit, VmRecord
 
 
 class GuestProcess(Protocol):
@@ -40,6 +40,7 @@ class RunnerVm(Protocol):
     ) -> GuestProcess: ...
     async def attach(self, exec_id: str, *, stdout_from: int = 0, stderr_from: int = 0) -> GuestProcess: ...
     async def wait(self) -> VmExit: ...
+    async def freeze(self, *, ttl: float = ...) -> Frozen: ...
     async def destroy(self) -> None: ...
 
 
@@ -143,4 +144,10 @@ class Forge(Protocol):
 
     async def job(self, scope: Scope, forge_job_id: str, *, owner: str, repo: str) -> JobEvent | None:
         """What the forge says about a job now; None when it knows none."""
+        ...
+
+    async def rerun(
+        self, scope: Scope, forge_job_id: str, *, owner: str, repo: str, run_id: str, attempt: int
+    ) -> Literal["asked", "not_over", "newer", "cancelled"]:
+        """Have a job of its run's ``attempt`` run again, if that is the newest attempt, over, and was not cancelled."""
         ...

@@ -23,6 +23,7 @@ from runner_service.decide import Decider, Decision
 from runner_service.domain import Answer, Done, Ending, Goto, Host, JobEvent, Runner, Wait, timeline
 from runner_service.facts import BENIGN, Limits
 from runner_service.flow import Flow
+from runner_service.infrastructure import code_of
 from runner_service.live import Live
 from runner_service.ports import Forge, Hypervisor, RunnerVm
 from runner_service.reaper import Reaper
@@ -46,7 +47,8 @@ _OBSERVED_BOUND = 10_000
 class Scheduler:
     """Runs the control plane of one host. ``wake`` may be called from any task of its loop.
 
-    ``moved`` is called when a repository is new or a branch of one moved.
+    ``moved`` is called when a repository is new or a branch of one moved, ``failed`` when infrastructure failed under
+    a runner.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Scheduler:
         keep_seconds: float,
         prune_logs: Callable[[float], None],
         moved: Callable[[], None] = lambda: None,
+        failed: Callable[[], None] = lambda: None,
         tick: float = _TICK,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -76,6 +79,7 @@ class Scheduler:
         self._keep = keep_seconds
         self._prune_logs = prune_logs
         self._moved = moved
+        self._failed = failed
         self._tick = tick
         self._clock = clock
         self._woken = asyncio.Event()
@@ -345,6 +349,8 @@ class Scheduler:
             values["usage"] = ending.usage
         if isinstance(answer, Goto):
             values |= self._entering(answer, now)
+            infra = code_of(answer.code, live.ending, live.exit) if runner.infra is None else None
+            values |= {"infra": infra} if infra is not None else {}
             entered = msgspec.structs.replace(runner, **values)
             lines.append(timeline(entered, now, answer.state, answer.reason))
         else:
@@ -372,6 +378,8 @@ class Scheduler:
         live.ending_kept = live.ending_kept or ending is not None
         if isinstance(answer, Goto) and after is not None:
             self._entered(runner, answer, now, live.retry_at)
+            if runner.infra is None and after.infra is not None:
+                self._failed()
             if answer.state == "gone":
                 self._metrics.spent(live.repository, live.ending, since=live.vm_since, now=now)
         return after

@@ -8,6 +8,7 @@ Secrets are never values here: a setting names the file or the environment varia
 """
 
 import difflib
+import fnmatch
 import ipaddress
 import itertools
 import math
@@ -16,7 +17,7 @@ import re
 import socket
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -37,7 +38,7 @@ _NEAR_MISS = 0.65
 # The least that makes sense of a number, where it is not 1.
 _LEAST = {
     "memory_mib": 0, "keep_days": 0.01, "timeout_s": 0.1, "every_h": 0, "poll_s": 0, "budget_mib": 0,
-    "choice_limit_s": 0.05, "nice": 0, "retry_s": 0.1,
+    "choice_limit_s": 0.05, "nice": 0, "retry_s": 0.1, "ttl_h": 0.001,
 }  # fmt: skip
 
 
@@ -145,6 +146,8 @@ class Runners(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``resolvers`` are IPv4 name servers that jobs open to the internet may ask (none: those of the host). What nothing
     owns on the host is looked for every ``reap_every_s``, and removed when it is seen twice.
+    ``rerun_on_infra_failure`` are patterns of repositories whose jobs are run once more when infrastructure failed
+    under them.
     """
 
     default_template: str = "github-runner"
@@ -163,6 +166,7 @@ class Runners(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exit_grace_s: float = 20.0
     retire_limit_s: float = 300.0
     reap_every_s: float = 30.0
+    rerun_on_infra_failure: tuple[str, ...] = ()
 
 
 class Bakes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -198,6 +202,19 @@ class Bakes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     most_disk_mib: int = 32768
 
 
+class Frozen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """VMs of failed jobs that are kept frozen, to be looked into. They hold the secrets of their jobs.
+
+    ``repositories`` are patterns as ``owner/*``; none: nothing is kept. Each is kept for ``ttl_h`` hours; of a host's
+    there are ``most`` at most, which take ``most_mib`` MiB of its pool at most: the oldest goes first.
+    """
+
+    repositories: tuple[str, ...] = ()
+    ttl_h: float = 24.0
+    most: int = 8
+    most_mib: int = 16384
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All sections. ``github`` is absent until configured: the service then serves its API only.
 
@@ -208,6 +225,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     github: GitHubSettings | None = None
     runners: Runners = Runners()
     bakes: Bakes = Bakes()
+    frozen: Frozen = Frozen()
     source: Path | None = None
     token_file: Path | None = None
 
@@ -293,6 +311,12 @@ def webhook_secrets(settings: GitHubSettings, environ: Mapping[str, str] | None 
     return tuple(dict.fromkeys(found))
 
 
+def matches(patterns: Iterable[str], repository: str) -> bool:
+    """Whether ``owner/repo`` is one of ``patterns``, such as ``owner/*``; upper and lower case are the same."""
+    name = repository.lower()
+    return any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns)
+
+
 def _source(file: Path | None, env: Mapping[str, str]) -> Path | None:
     if file is None and env.get("MICROVM_CONFIG"):
         file = Path(env["MICROVM_CONFIG"])
@@ -315,7 +339,13 @@ def _read(source: Path) -> dict[str, Any]:
 
 
 def _sections() -> dict[str, type[msgspec.Struct]]:
-    return {"service": Service, "github": GitHubSettings, "runners": Runners, "bakes": Bakes}
+    return {
+        "service": Service,
+        "github": GitHubSettings,
+        "runners": Runners,
+        "bakes": Bakes,
+        "frozen": Frozen,
+    }
 
 
 def _check_keys(tree: Mapping[str, Any], origin: str) -> None:
@@ -421,6 +451,7 @@ def _check_values(settings: Settings, origin: str) -> None:
         )
     for section, table in (
         ("service", service), ("runners", runners), ("github", github), ("bakes", settings.bakes),
+        ("frozen", settings.frozen),
     ):  # fmt: skip
         if table is not None:
             _check_numbers(table, f"{origin}: [{section}]")
@@ -437,16 +468,18 @@ def _check_values(settings: Settings, origin: str) -> None:
             f"{origin}: [runners] name_prefix: lower-case letters, digits and '-', at most 32"
         )
     _check_patterns(settings.bakes.repositories, f"{origin}: [bakes]")
+    _check_patterns(settings.frozen.repositories, f"{origin}: [frozen]")
+    _check_patterns(runners.rerun_on_infra_failure, f"{origin}: [runners]", "rerun_on_infra_failure")
     if settings.bakes.nice > 19:
         raise SettingsError(f"{origin}: [bakes] nice: at most 19, not {settings.bakes.nice}")
     if github is not None:
         _check_github(github, origin)
 
 
-def _check_patterns(patterns: tuple[str, ...], where: str) -> None:
+def _check_patterns(patterns: tuple[str, ...], where: str, key: str = "repositories") -> None:
     for pattern in patterns:
         if not re.fullmatch(r"[^/\s]+/[^/\s]+", pattern):
-            raise SettingsError(f"{where} repositories: '{pattern}' is not owner/repository or owner/*")
+            raise SettingsError(f"{where} {key}: '{pattern}' is not owner/repository or owner/*")
 
 
 def _is_ipv4(text: str) -> bool:

@@ -115,6 +115,18 @@ class Metrics:
             "microvm_parents", "Parents chosen for jobs, by why it was that one; gone: it could not be forked.",
             ["reason"], registry=self.registry,
         )  # fmt: skip
+        self.infra_failures = Counter(
+            "microvm_infra_failures", "Jobs whose infrastructure failed under them, by code.", ["code"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.reruns = Counter(
+            "microvm_reruns", "Re-runs after failures of infrastructure, by what came of them.", ["outcome"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.frozen = Counter(
+            "microvm_frozen", "VMs of failed jobs: frozen, failed to be, removed.", ["outcome"],
+            registry=self.registry,
+        )  # fmt: skip
         self.bakes = Counter(
             "microvm_bakes",
             "Bakes of repositories' parents, by outcome; hit: there was one already, again: tried once more.",

@@ -8,8 +8,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from runner_service.domain import Bake, Ending, Job, Runner, TimelineRow
 from runner_service.store import bake_queries as bq
+from runner_service.store import infra_queries as iq
 from runner_service.store import job_search
 from runner_service.store import queries as q
+from runner_service.store.infra_queries import InfraFailure
 from runner_service.summary import Summary, summarize
 from vmm_core import accounting
 from vmm_core.drivers.base import DISK
@@ -17,10 +19,21 @@ from vmm_core.errors import VmmError
 from vmm_core.machine import VmExit, VmRecord, VmUsage
 
 
+class InfraView(msgspec.Struct, frozen=True):
+    """That infrastructure failed under a job, whatever the forge concludes; and what came of running it once more."""
+
+    at: float
+    code: str
+    reason: str
+    rerun: str
+    rerun_why: str
+    rerun_job: str | None
+
+
 class JobView(msgspec.Struct, frozen=True, kw_only=True):
     """A job with its runner. Times are Unix seconds; ``waits_for`` says why it is not running yet.
 
-    ``usage`` is what the job's VM cost in all, once it has ended.
+    ``usage`` is what the job's VM cost in all, once it has ended; ``infra``: it was not the job that failed.
     """
 
     id: str
@@ -40,6 +53,7 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float | None
     completed_at: float | None
     usage: VmUsage | None = None
+    infra: InfraView | None = None
 
 
 class RunnerView(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +121,8 @@ async def list_jobs(db: AsyncConnection, *, limit: int, state: str | None = None
     """The newest jobs with their runners."""
     jobs = await q.list_jobs(db, limit=limit, state=state)
     by_job = await q.runners_of_jobs(db, [job.id for job in jobs])
-    return [job_view(job, runner_of(job, by_job.get(job.id, []))) for job in jobs]
+    failures = await iq.failures_of(db, [job.id for job in jobs])
+    return [job_view(job, runner_of(job, by_job.get(job.id, [])), failures.get(job.id)) for job in jobs]
 
 
 async def story(db: AsyncConnection, ref: str) -> Story | None:
@@ -118,7 +133,8 @@ async def story(db: AsyncConnection, ref: str) -> Story | None:
     runners = await q.runners_of_job(db, job.id)
     lines = await q.timeline_of_job(db, job.id)
     endings = await q.endings_of(db, [runner.id for runner in runners])
-    shown = job_view(job, runner_of(job, runners))
+    failures = await iq.failures_of(db, [job.id])
+    shown = job_view(job, runner_of(job, runners), failures.get(job.id))
     place = await job_search.place(db, job)
     return Story(
         job=shown,
@@ -136,7 +152,7 @@ def runner_of(job: Job, runners: list[Runner]) -> Runner | None:
     return named or serving or made
 
 
-def job_view(job: Job, runner: Runner | None) -> JobView:
+def job_view(job: Job, runner: Runner | None, failure: InfraFailure | None = None) -> JobView:
     waits_for = job.waits_for
     if job.state == "queued" and waits_for is None and runner is not None:
         waits_for = runner.waits_for or f"its runner ({runner.state})"
@@ -160,6 +176,13 @@ def job_view(job: Job, runner: Runner | None) -> JobView:
         started_at=job.started_at,
         completed_at=job.completed_at,
         usage=runner.usage if runner is not None else None,
+        infra=None if failure is None or job.conclusion == "success" else infra_view(failure),
+    )
+
+
+def infra_view(failure: InfraFailure) -> InfraView:
+    return InfraView(
+        failure.at, failure.code, failure.reason, failure.rerun, failure.rerun_why, failure.rerun_job_id
     )
 
 

@@ -212,7 +212,26 @@ class Engine:
         snapshot = parent if isinstance(parent, Snapshot) else self.snapshots.resolve(parent)
         manifest = snapshot.manifest
         owner = common_owner(manifest.owner, owner, f"a fork of {_called(manifest)}")
-        machine = manifest.machine.on(_opened(network or manifest.machine.network, allow))
+        if manifest.frozen is not None:
+            raise BadRequest(
+                f"{manifest.digest[:12]} is the frozen VM {manifest.frozen.id}, which is no template"
+            )
+        network = _opened(network or manifest.machine.network, allow)
+        return await self._launch(snapshot, network, ttl, metadata, hostname=hostname, owner=owner)
+
+    async def _launch(
+        self,
+        snapshot: Snapshot,
+        network: Network,
+        ttl: float,
+        metadata: Mapping[str, str] | None,
+        *,
+        hostname: str | None,
+        owner: str | None,
+    ) -> RunningVm:
+        """A clone of ``snapshot`` that stands on it."""
+        manifest = snapshot.manifest
+        machine = manifest.machine.on(network)
         await self._require(machine, _FORK_MEMORY_MIB)
         self._require_fit(manifest)
         identity = new_identity(hostname)
@@ -349,6 +368,32 @@ class Engine:
         that id, SnapshotInvalid when its files or this host do not fit, and what ``launch`` raises.
         """
         return await self._live.thaw(vm_id, ttl)
+
+    @contextlib.asynccontextmanager
+    async def look_into(
+        self,
+        vm_id: str,
+        *,
+        ttl: float = 3600.0,
+        metadata: Mapping[str, str] | None = None,
+        network: bool = False,
+    ) -> AsyncGenerator[RunningVm]:
+        """A copy of a frozen VM, under a name of its own and on no network (or on that of the frozen one), destroyed
+        at the end; what is frozen stays as it is. Its processes go on. Raises UnknownVm, and what ``launch`` raises.
+        """
+        frozen = next((each for each in self.frozen() if each.id == vm_id), None)
+        if frozen is None:
+            raise UnknownVm(f"there is no frozen VM {vm_id}: it was removed, or its time has passed")
+        snapshot = self.snapshots.load(frozen.digest)
+        opened = snapshot.manifest.machine.network
+        if not network and opened.mode != "none":
+            opened = Network("list")  # the card stays, since the guest has seen it; nothing is open
+        owner = snapshot.manifest.owner
+        vm = await self._launch(snapshot, opened, ttl, metadata, hostname=None, owner=owner)
+        try:
+            yield vm
+        finally:
+            await vm.destroy()
 
     async def discard(self, vm_id: str) -> None:
         """Remove a frozen VM. UnknownVm when there is none of that id."""

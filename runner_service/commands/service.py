@@ -71,7 +71,7 @@ async def jobs(settings: Settings, api: str | None, limit: int, *, as_json: bool
         show.print_json(found)
         return 0
     rows = [
-        (job.id, job.repository, job.name, job.conclusion or job.state, job.template, job.runner,
+        (job.id, job.repository, job.name, _became(job), job.template, job.runner,
          show.ago(job.queued_at), show.seconds(job.usage and job.usage.cpu_seconds),
          show.mib(job.usage and job.usage.peak_bytes), job.waits_for)
         for job in found
@@ -81,6 +81,10 @@ async def jobs(settings: Settings, api: str | None, limit: int, *, as_json: bool
     )  # fmt: skip
     show.table(columns, rows, empty="no job was seen yet", right=("QUEUED", "CPU S", "PEAK MIB"))
     return 0
+
+
+def _became(job: views.JobView) -> str:
+    return job.infra.code if job.infra is not None else job.conclusion or job.state
 
 
 async def why(settings: Settings, api: str | None, job: str, *, as_json: bool) -> int:
@@ -99,6 +103,10 @@ def print_story(story: views.Story) -> None:
     shown = story.job
     state = shown.conclusion or shown.state
     show.line(f"{shown.id}  {shown.repository}  {shown.name}  [{', '.join(shown.labels)}]  {state}")
+    if shown.infra is not None:
+        show.line(f"infrastructure failed, not the job: {shown.infra.code}: {shown.infra.reason}")
+        if shown.infra.rerun != "off":
+            show.line(f"run once more: {shown.infra.rerun}: {shown.infra.rerun_why}")
     _print_wait(story)
     _print_spans(story.summary)
     sys.stdout.write("\n")
@@ -145,7 +153,7 @@ def shown_runners(story: views.Story) -> list[views.RunnerView]:
         runner
         for runner in story.runners
         if runner.ending is not None
-        and (runner.ending.cause not in ("destroyed", "expired") or runner.ending.guest_oom)
+        and (runner.ending.cause not in ("destroyed", "expired", "frozen") or runner.ending.guest_oom)
     ]
 
 

@@ -13,9 +13,11 @@ from runner_service.store.schema import (
     bakes,
     commit_keys,
     endings,
+    frozen,
     heads,
     hosts,
     inbox,
+    infra_failures,
     jobs,
     locks,
     repositories,
@@ -353,6 +355,8 @@ async def forget(db: AsyncConnection, before: float) -> None:
     await db.execute(sa.delete(heads).where(heads.c.at < before))
     await db.execute(sa.delete(commit_keys).where(commit_keys.c.at < before))
     await db.execute(sa.delete(bakes).where(bakes.c.ended_at < before))
+    await db.execute(sa.delete(infra_failures).where(infra_failures.c.at < before))
+    await db.execute(sa.delete(frozen).where(frozen.c.removed_at < before))
     await db.execute(sa.delete(repositories).where(repositories.c.seen_at < before))
 
 

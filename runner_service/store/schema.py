@@ -76,6 +76,7 @@ runners = sa.Table(
     sa.Column("code", sa.Text),
     sa.Column("reason", sa.Text),
     sa.Column("exit_code", sa.Integer),
+    sa.Column("infra", sa.Text),
     sa.Column("usage", sa.JSON(none_as_null=True)),
     sa.Column("ended_at", sa.Double),
     sa.Column("lease_owner", sa.Text),
@@ -254,4 +255,46 @@ tokens = sa.Table(
     sa.Column("expires_at", sa.Double),
     sa.Column("used_at", sa.Double),
     sa.UniqueConstraint("digest", name="uq_tokens_digest"),
+)
+
+# Jobs whose infrastructure failed under them, and what came of running them once more. A forge's word changes nothing.
+infra_failures = sa.Table(
+    "infra_failures",
+    metadata,
+    sa.Column("job_id", sa.Text, primary_key=True),
+    sa.Column("runner_id", sa.Text, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("code", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("rerun", sa.Text, nullable=False),
+    sa.Column("rerun_why", sa.Text, nullable=False),
+    sa.Column("rerun_job_id", sa.Text),
+    sa.Column("tries", sa.Integer, nullable=False),
+    sa.Column("next_at", sa.Double),
+    sa.Column("deadline", sa.Double),
+    sa.Index("ix_infra_failures_rerun", "rerun", "next_at"),
+    sa.Index("ix_infra_failures_at", "at"),
+)
+
+# VMs of failed jobs that are kept frozen, each in the pool of its host; ``id`` is the VM's.
+frozen = sa.Table(
+    "frozen",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("job_id", sa.Text, nullable=False),
+    sa.Column("runner_id", sa.Text, nullable=False),
+    sa.Column("repository", sa.Text, nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("folder", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("digest", sa.Text),
+    sa.Column("bytes", sa.BigInteger),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+    sa.Column("removed_at", sa.Double),
+    sa.Column("why", sa.Text),
+    sa.Index("ix_frozen_host", "host", "state"),
+    sa.Index("ix_frozen_job", "job_id"),
+    sa.Index("ix_frozen_removed", "removed_at"),
 )

@@ -16,6 +16,7 @@ from vmm_core.machine import (
     EgressRule,
     ExecResult,
     ForkTimings,
+    Frozen,
     GuestFile,
     MachineSpec,
     Output,
@@ -49,6 +50,9 @@ class FakeHost:
         self.endings: dict[str, VmExit] = {}
         self.usage = VmUsage(cpu_seconds=1.5, peak_bytes=64 << 20)
         self.guest_oom = ""
+        self.frozen: dict[str, Frozen] = {}
+        self.freeze_errors: list[BaseException] = []
+        self.frozen_bytes = 10 << 20
         self._numbers = itertools.count(1)
 
     def next_id(self) -> str:
@@ -196,6 +200,21 @@ class FakeVm:
     async def wait(self) -> VmExit:
         return await asyncio.shield(self._machine.ended)
 
+    async def freeze(self, *, ttl: float = 7 * 86400.0) -> Frozen:
+        self._gate("before freeze")
+        self._alive()
+        host, now = self._machine.host, time.time()
+        if host.freeze_errors:
+            raise host.freeze_errors.pop(0)
+        frozen = Frozen(f"frozen-{self.id}", self.record, frozen_at=now, expires_at=now + ttl)
+        host.frozen[self.id] = frozen
+        # Published, and not ended yet: both exist for a moment, and after a crash the snapshot is the machine.
+        self._gate("freeze published")
+        reason = f"frozen as {frozen.digest}"
+        self._machine.end(VmExit(kind="frozen", cause="frozen", reason=reason, usage=host.usage))
+        self._gate("freeze")
+        return frozen
+
     async def destroy(self) -> None:
         self._gate("before destroy")
         host = self._machine.host
@@ -266,6 +285,8 @@ class FakeEngine:
 
     async def adopt(self) -> list[FakeVm]:
         self._gate("adopt")
+        for vm_id in self.host.frozen.keys() & self.host.machines.keys():
+            self.host.machines[vm_id].end(VmExit(kind="frozen", cause="frozen", reason="frozen"))
         free = [machine for vm_id, machine in self.host.machines.items() if vm_id not in self._own]
         self._own |= {machine.record.id for machine in free}
         return [FakeVm(machine, self._gate) for machine in free]
@@ -280,6 +301,19 @@ class FakeEngine:
             raise UnknownVm(f"there is no VM {vm_id}")
         machine.end(VmExit(kind="destroyed", reason="destroyed"))
         self._gate("destroy")
+
+    def frozen(self) -> list[Frozen]:
+        return list(self.host.frozen.values())
+
+    async def discard(self, vm_id: str) -> None:
+        self._gate("before discard")
+        if self.host.frozen.pop(vm_id, None) is None:
+            raise UnknownVm(f"there is no frozen VM {vm_id}")
+        self._gate("discard")
+
+    async def frozen_size(self, digest: str) -> int:
+        del digest
+        return self.host.frozen_bytes
 
     def ending(self, vm_id: str) -> VmExit | None:
         return self.host.endings.get(vm_id)

@@ -32,6 +32,10 @@ class ForgeJob(msgspec.Struct):
     output: bytes = b"hello from the job\n"
     head_sha: str = ""
     head_branch: str = ""
+    name: str = ""
+    run: str = ""
+    attempt: int = 1
+    fails: bool = False
 
 
 class ForgeRunner(msgspec.Struct):
@@ -57,6 +61,8 @@ class FakeForge:
         self.lost_answers: set[str] = set()
         self.registrations = 0
         self.delay = 0.0
+        # False: a job whose VM died goes on in the books until ``lose``, as it does for minutes at GitHub.
+        self.sees_lost_runners = True
         self._numbers = itertools.count(1)
         self._changed = asyncio.Event()
 
@@ -65,6 +71,7 @@ class FakeForge:
     def queue(self, labels: Sequence[str] = ("microvm",), *, repo: str = "o/r", **more: object) -> ForgeJob:
         owner, _, name = repo.partition("/")
         job = ForgeJob(str(next(self._numbers)), owner, name, tuple(labels))
+        job.name, job.run = f"job {job.id}", f"9{job.id}"
         for key, value in more.items():
             setattr(job, key, value)
         self.jobs[job.id] = job
@@ -77,6 +84,33 @@ class FakeForge:
             job.state, job.conclusion = "completed", "cancelled"
             self._tell(job)
 
+    def lose(self, job: ForgeJob, conclusion: str = "failure") -> None:
+        """The forge notices after a while that the runner of ``job`` is lost."""
+        if job.state == "in_progress":
+            job.state, job.conclusion = "completed", conclusion
+            for runner in [one for one in self.runners.values() if one.job == job.id]:
+                self.runners.pop(runner.id)
+            self._tell(job)
+            self._wake()
+
+    def attempts(self, run: str) -> list[ForgeJob]:
+        """The jobs of the newest attempt of a run."""
+        jobs = [job for job in self.jobs.values() if job.run == run]
+        newest = max((job.attempt for job in jobs), default=0)
+        return [job for job in jobs if job.attempt == newest]
+
+    def rerun(self, job: ForgeJob) -> ForgeJob:
+        """Another attempt of its run: this job once more, the others carried over under new ids, announced again."""
+        fresh = job
+        for old in self.attempts(job.run):
+            new = msgspec.structs.replace(old, id=str(next(self._numbers)), attempt=old.attempt + 1, runs=0)
+            self.jobs[new.id] = new
+            if old is job:
+                new.state, new.conclusion, new.runner, fresh = "queued", None, None, new
+            self._tell(new)
+        self._assign()
+        return fresh
+
     def event(self, job: ForgeJob, state: JobState | None = None) -> JobEvent:
         """What a webhook would say about ``job`` now (or when it was in ``state``)."""
         told = state or job.state
@@ -88,7 +122,9 @@ class FakeForge:
             state=told,
             labels=job.labels,
             seen_at=time.time(),
-            name=f"job {job.id}",
+            name=job.name,
+            run_id=job.run,
+            run_attempt=job.attempt,
             head_sha=job.head_sha,
             head_branch=job.head_branch,
             conclusion=job.conclusion if told == "completed" else None,
@@ -121,12 +157,14 @@ class FakeForge:
         try:
             await asyncio.sleep(job.seconds)
         except asyncio.CancelledError:
+            if not self.sees_lost_runners:
+                raise
             job.state, job.conclusion = "completed", "failure"
             self.runners.pop(runner.id, None)
             self._tell(job)
             raise
         write(b"done\n")
-        job.state, job.conclusion = "completed", "success"
+        job.state, job.conclusion = "completed", "failure" if job.fails else "success"
         self.runners.pop(runner.id, None)
         self._tell(job)
         return 0
@@ -211,6 +249,21 @@ class FakeClient:
         return (
             None if found is None or (found.owner, found.repo) != (owner, repo) else self._forge.event(found)
         )
+
+    async def rerun(
+        self, scope: Scope, forge_job_id: str, *, owner: str, repo: str, run_id: str, attempt: int
+    ) -> Literal["asked", "not_over", "newer", "cancelled"]:
+        await self._begin("rerun")
+        newest = self._forge.attempts(run_id)
+        if any(job.attempt > attempt for job in newest):
+            return "newer"
+        if any(job.state != "completed" for job in newest):
+            return "not_over"
+        if any(job.conclusion == "cancelled" for job in newest):
+            return "cancelled"
+        self._forge.rerun(self._forge.jobs[forge_job_id])
+        self._end("rerun")
+        return "asked"
 
     def _remove(self, runner: ForgeRunner) -> None:
         self._forge.runners.pop(runner.id, None)

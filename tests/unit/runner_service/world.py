@@ -18,11 +18,14 @@ from runner_service.decide import Decider, Rules
 from runner_service.domain import Held, Host, Job, JobEvent, Parent, Push, Repository, Runner, Scope, Template
 from runner_service.facts import Limits
 from runner_service.flow import Flow
+from runner_service.frozen import Freezer
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
 from runner_service.repositories import Origin
+from runner_service.reruns import Reruns
 from runner_service.scheduler import Scheduler
 from runner_service.settings import Bakes as BakeSettings
+from runner_service.settings import Frozen as FrozenSettings
 from runner_service.settings import Runners
 from runner_service.store import queries as q
 from runner_service.store.store import Store, sqlite_url
@@ -75,11 +78,13 @@ class World:
         runners: Runners = RUNNERS,
         templates: tuple[Template, ...] = (TEMPLATE,),
         bakes: BakeSettings | None = None,
+        frozen: FrozenSettings | None = None,
     ) -> None:
         """``bakes``: with a planner and a worker of bakes, over fake repositories; without, it bakes nothing."""
         self.directory = directory
         self.runners = runners
         self.bakes = bakes
+        self.frozen = frozen or FrozenSettings()
         self.repositories = FakeRepositories()
         self.host = FakeHost(templates)
         self.forge = FakeForge(self._deliver)
@@ -265,6 +270,15 @@ class Service:
             repositories=world.repositories if world.bakes is not None else None,
             limit=(world.bakes or BAKES).choice_limit_s,
         )
+        self.freezer = Freezer(
+            store=self.store,
+            machines=self.engine,
+            settings=world.frozen,
+            host="host-1",
+            size=self.engine.frozen_size,
+            metrics=self.metrics,
+            tick=0.1,
+        )
         flow = self.flow = Flow(
             hypervisor=self.engine,
             forges=forges,
@@ -277,6 +291,7 @@ class Service:
             choose=self.chooser.choose,
             confirm=self.chooser.confirm,
             chosen=lambda code: self.metrics.parents.labels(code).inc(),
+            freezer=self.freezer,
         )
         rules = Rules(
             service="host-1",
@@ -296,6 +311,14 @@ class Service:
             parents=catalog.parents,
             held=lambda job: world.held(job),  # noqa: PLW0108 - tests change it
         )
+        self.reruns = Reruns(
+            store=self.store,
+            forges=forges,
+            patterns=world.runners.rerun_on_infra_failure,
+            metrics=self.metrics,
+            tick=0.1,
+            pauses=(0.05, 0.1),
+        )
         self.scheduler = Scheduler(
             store=self.store,
             flow=flow,
@@ -308,6 +331,7 @@ class Service:
             keep_seconds=86400,
             prune_logs=self.logs.prune,
             moved=self.planner.wake if self.planner is not None else lambda: None,
+            failed=self.reruns.wake,
             tick=0.1,
         )
         self.inbox = StoreInbox(self.store, "github", self.scheduler.wake)
@@ -320,8 +344,11 @@ class Service:
         self.scheduler.observe(event)
 
     async def start(self) -> None:
+        await self.freezer.start()
         await self.scheduler.start()
+        self._tasks.append(asyncio.create_task(self.freezer.run()))
         self._tasks.append(asyncio.create_task(self.scheduler.run()))
+        self._tasks.append(asyncio.create_task(self.reruns.run()))
         if self.bakes is not None and self.planner is not None:
             await self.bakes.start()
             self._tasks += [asyncio.create_task(self.bakes.run()), asyncio.create_task(self.planner.run())]

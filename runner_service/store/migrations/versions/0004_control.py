@@ -31,8 +31,46 @@ def upgrade() -> None:
         sa.Column("used_at", sa.Double),
         sa.UniqueConstraint("digest", name="uq_tokens_digest"),
     )
+    op.add_column("runners", sa.Column("infra", sa.Text))
+    op.create_table(
+        "infra_failures",
+        sa.Column("job_id", sa.Text, primary_key=True),
+        sa.Column("runner_id", sa.Text, nullable=False),
+        sa.Column("at", sa.Double, nullable=False),
+        sa.Column("code", sa.Text, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("rerun", sa.Text, nullable=False),
+        sa.Column("rerun_why", sa.Text, nullable=False),
+        sa.Column("rerun_job_id", sa.Text),
+        sa.Column("tries", sa.Integer, nullable=False),
+        sa.Column("next_at", sa.Double),
+        sa.Column("deadline", sa.Double),
+    )
+    op.create_index("ix_infra_failures_rerun", "infra_failures", ["rerun", "next_at"])
+    op.create_index("ix_infra_failures_at", "infra_failures", ["at"])
+    op.create_table(
+        "frozen",
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column("host", sa.Text, nullable=False),
+        sa.Column("job_id", sa.Text, nullable=False),
+        sa.Column("runner_id", sa.Text, nullable=False),
+        sa.Column("repository", sa.Text, nullable=False),
+        sa.Column("owner", sa.Text, nullable=False),
+        sa.Column("folder", sa.Text, nullable=False),
+        sa.Column("state", sa.Text, nullable=False),
+        sa.Column("digest", sa.Text),
+        sa.Column("bytes", sa.BigInteger),
+        sa.Column("created_at", sa.Double, nullable=False),
+        sa.Column("expires_at", sa.Double, nullable=False),
+        sa.Column("removed_at", sa.Double),
+        sa.Column("why", sa.Text),
+    )
+    op.create_index("ix_frozen_host", "frozen", ["host", "state"])
+    op.create_index("ix_frozen_job", "frozen", ["job_id"])
+    op.create_index("ix_frozen_removed", "frozen", ["removed_at"])
 
 
 def downgrade() -> None:
-    for name in ("tokens", "audit"):
+    op.drop_column("runners", "infra")
+    for name in ("frozen", "infra_failures", "tokens", "audit"):
         op.drop_table(name)
