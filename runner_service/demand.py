@@ -11,11 +11,12 @@ _GIVE_UP_ORDER: dict[RunnerState, int] = {"wanted": 0, "forking": 1, "registerin
 
 
 class Brake(msgspec.Struct, frozen=True):
-    """No new runner of a group before ``until`` (Unix seconds), because of ``reason``."""
+    """No new runner of a group before ``until`` (Unix seconds), because of ``reason``. ``since`` is when it was set."""
 
     until: float
     reason: str
     failures: int
+    since: float = 0.0
 
 
 def balance(queued: Mapping[str, int], runners: Iterable[Runner]) -> dict[str, int]:
@@ -41,7 +42,16 @@ def made_for(queued: Sequence[str], runners: Iterable[Runner], count: int) -> li
     return free[:count]
 
 
-def brake(failures: int, now: float, reason: str, *, retry_at: float | None = None) -> Brake:
-    """How long to hold back after ``failures`` failed runners in a row: 1, 2, 4 … 60 s, or until ``retry_at``."""
+def brake(
+    before: Brake | None, begun: float, now: float, reason: str, *, retry_at: float | None = None
+) -> Brake:
+    """How long to hold back after failures in a row: 1, 2, 4 … 60 s, or until ``retry_at``.
+
+    ``begun``: since when the runner was at what it failed at. Those that were at it when ``before`` was set failed of
+    the same cause: a dozen runners that one outage takes at once are one failure, not twelve in a row.
+    """
+    if before is not None and begun <= before.since:
+        return msgspec.structs.replace(before, until=max(before.until, retry_at or 0.0))
+    failures = before.failures + 1 if before is not None else 1
     until = now + min(60.0, 2.0 ** (min(failures, 7) - 1))
-    return Brake(max(until, retry_at or 0.0), reason, failures)
+    return Brake(max(until, retry_at or 0.0), reason, failures, now)

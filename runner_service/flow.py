@@ -357,11 +357,11 @@ class Flow:
 
         A forge that does not answer is no reason to hold a runner that was online for a failed one.
         """
-        remote_id = runner.remote_id or live.changes.get("remote_id")
-        if remote_id is None:
-            return False
+        forge, remote_id = self._forge(runner), runner.remote_id or live.changes.get("remote_id")
         try:
-            return await self._forge(runner).look(runner.scope, remote_id) is None
+            if remote_id is None:  # it was registered before a restart
+                return await forge.find(runner.scope, runner.id) is None
+            return await forge.look(runner.scope, remote_id) is None
         except ForgeError:
             return live.listening
 

@@ -408,10 +408,12 @@ class Scheduler:
             self._brakes.pop(runner.group_key, None)
         elif answer.state == "retiring":
             self._metrics.reasons.labels(answer.code).inc()
-            if runner.serving_job_id is None and answer.code not in BENIGN:
-                failures = self._brakes[runner.group_key].failures if runner.group_key in self._brakes else 0
+            if answer.code == "runner_exited":
+                self._brakes.pop(runner.group_key, None)
+            elif runner.serving_job_id is None and answer.code not in BENIGN:
+                reason, before = f"{answer.code}: {answer.reason[:300]}", self._brakes.get(runner.group_key)
                 self._brakes[runner.group_key] = demand.brake(
-                    failures + 1, now, f"{answer.code}: {answer.reason[:300]}", retry_at=retry_at
+                    before, runner.state_at, now, reason, retry_at=retry_at
                 )
             self.wake()
 

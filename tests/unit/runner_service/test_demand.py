@@ -63,11 +63,23 @@ def test_no_job_is_given_two_runners(queued: list[str], have: list[Runner], coun
     assert not {r.job_id for r in have if r.covers} & set(made)
 
 
-@given(st.integers(1, 50), st.floats(0, 1e9))
+@given(st.integers(1, 40), st.floats(0, 1e9))
 def test_a_brake_grows_to_a_minute_and_minds_the_forge(failures: int, now: float) -> None:
-    held = demand.brake(failures, now, "x")
-    assert now < held.until <= now + 60.0
-    assert demand.brake(failures, now, "x", retry_at=now + 500).until == now + 500
+    held: demand.Brake | None = None
+    for number in range(failures):
+        held = demand.brake(held, now + number + 0.5, now + number + 1, "x")
+    assert held is not None and held.failures == failures
+    assert now + failures + 1 <= held.until <= now + failures + 60
+    assert demand.brake(held, held.since + 1, held.since + 2, "x", retry_at=now + 500).until == now + 500
+
+
+def test_runners_that_one_cause_takes_at_once_are_one_failure() -> None:
+    held = demand.brake(None, 5.0, 10.0, "x")
+    for _ in range(11):
+        held = demand.brake(held, 5.0, 10.1, "the same")
+    assert (held.failures, held.until) == (1, 11.0)
+    assert demand.brake(held, 5.0, 10.1, "the same", retry_at=20.0).until == 20.0
+    assert demand.brake(held, 11.5, 12.0, "again").until == 14.0
 
 
 def event(job: int, state: str, runner_name: str | None, at: float) -> JobEvent:
