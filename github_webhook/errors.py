@@ -11,7 +11,7 @@
     ├── MediaTypeUnsupported   415  the hook is not set to application/json
     ├── PayloadInvalid         422  JSON, but not the shape GitHub documents
     ├── UnknownEvent           422  an event this service has no use for
-    ├── ReceiverBusy           503  too many bytes of bodies are being received at once
+    ├── ReceiverBusy           503  too many deliveries, or bytes of them, are held at once
     └── InboxUnavailable       503  it could not be written down: GitHub shows it as failed
     ForgeError               an outgoing call that did not do what was asked
     ├── Unauthorized           401  credentials are wrong, revoked or expired
@@ -34,11 +34,15 @@ from typing import ClassVar
 
 
 class DeliveryRefused(Exception):
-    """Root of the refusals. ``status`` is the HTTP status of the answer; the message is its detail."""
+    """Root of the refusals. ``status`` is the HTTP status of the answer; the message is its detail.
+
+    ``retry_after``: after how many seconds the same delivery may well be taken, when it may at all.
+    """
 
     code: ClassVar[str] = "delivery_refused"
     status: ClassVar[int] = 400
     title: ClassVar[str] = "Delivery refused"
+    retry_after: ClassVar[int | None] = None
 
 
 class HeaderMissing(DeliveryRefused):
@@ -102,12 +106,14 @@ class ReceiverBusy(DeliveryRefused):
     code: ClassVar[str] = "receiver_busy"
     status: ClassVar[int] = 503
     title: ClassVar[str] = "Too many deliveries at once"
+    retry_after: ClassVar[int | None] = 10
 
 
 class InboxUnavailable(DeliveryRefused):
     code: ClassVar[str] = "inbox_unavailable"
     status: ClassVar[int] = 503
     title: ClassVar[str] = "The delivery could not be stored"
+    retry_after: ClassVar[int | None] = 10
 
 
 class ForgeError(Exception):

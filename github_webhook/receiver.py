@@ -75,6 +75,7 @@ class Inbox(Protocol):
         """Committed when it returns.
 
         ``stored``: new. ``known``: had it, not processed yet (and it will be). ``done``: processed before.
+        Raises ReceiverBusy when too many wait to be written down.
         """
         ...
 
@@ -105,6 +106,12 @@ def receiver(
     Answers 202 ``{"status": "stored"|"known"}``, 200 ``{"status": "done"|"ignored"}`` or a problem document.
     """
     return _Receiver(inbox, secrets, max_body, max_in_flight, counters or _NoCounters()).router(path)
+
+
+class _Held:
+    """The bytes of one body that count as in flight until it is answered."""
+
+    bytes = 0
 
 
 class _Receiver:
@@ -143,7 +150,10 @@ class _Receiver:
             self._counters.refused(refusal.code)
             # Only a debug line: whoever can reach the port could fill the log with it. It holds no body.
             _log.debug("delivery_refused", code=refusal.code, detail=str(refusal))
-            return problem(refusal.status, refusal.code, refusal.title, str(refusal))
+            answer = problem(refusal.status, refusal.code, refusal.title, str(refusal))
+            if refusal.retry_after is not None:
+                answer.headers["retry-after"] = str(refusal.retry_after)
+            return answer
         return Response(
             msgspec.json.encode({"status": outcome}), status_code=status, media_type="application/json"
         )
@@ -156,7 +166,18 @@ class _Receiver:
         if not signature:
             raise SignatureMissing("the header X-Hub-Signature-256 is missing: give the hook a secret")
         self._check_announced(headers.get("content-length"))
-        payload = await self._verified_body(request, signature)
+        held = _Held()
+        try:
+            payload = await self._verified_body(request, signature, held)
+            return await self._take(request, event_name, delivery_id, payload)
+        finally:
+            self._in_flight -= held.bytes
+
+    async def _take(
+        self, request: WebRequest, event_name: str, delivery_id: str, payload: bytes
+    ) -> tuple[int, str]:
+        """A verified body becomes a stored delivery, or is of no use."""
+        headers = request.headers
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             raise MediaTypeUnsupported("set the hook's content type to application/json")
@@ -183,11 +204,10 @@ class _Receiver:
         if len(length) > 15 or int(length) > self._max_body:
             raise PayloadTooLarge(f"a delivery is at most {self._max_body} bytes")
 
-    async def _verified_body(self, request: WebRequest, signature: str) -> bytes:
+    async def _verified_body(self, request: WebRequest, signature: str, held: "_Held") -> bytes:
         """The raw body, hashed as it arrives; raises unless it is small enough and the signature fits."""
         verifier = Verifier(self._secrets())
         body = bytearray()
-        held = 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
@@ -196,15 +216,13 @@ class _Receiver:
                     if self._in_flight + len(chunk) > self._max_in_flight:
                         raise ReceiverBusy("too many deliveries at once; redeliver this one later")
                     self._in_flight += len(chunk)
-                    held += len(chunk)
+                    held.bytes += len(chunk)
                     verifier.update(chunk)
                     body += chunk
         except TimeoutError:
             raise BodyTimeout(f"the body took longer than {BODY_SECONDS:.0f} s") from None
         except HTTPException:
             raise BodyIncomplete("the connection ended in the middle of the body") from None
-        finally:
-            self._in_flight -= held
         if not verifier.matches(signature):
             raise SignatureInvalid("the signature was made with none of the secrets set here")
         return bytes(body)
@@ -213,6 +231,8 @@ class _Receiver:
         try:
             async with asyncio.timeout(STORE_SECONDS):
                 return await self._inbox.store(delivery)
+        except ReceiverBusy:
+            raise
         except Exception as error:  # noqa: BLE001
             # Whatever the store raises, GitHub must see a failed delivery and not a silent loss.
             _log.error("inbox_unavailable", delivery=delivery.id, error=type(error).__name__)

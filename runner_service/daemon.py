@@ -94,6 +94,7 @@ class Service:
         runners = settings.runners
         self._settings = settings
         self._store = store
+        self._jobs = store.grouped_reads(q.each_job)
         self._engine = engine
         self._http = http
         self._metrics = telemetry.Metrics()
@@ -348,7 +349,7 @@ class Service:
         return {github_forge.FORGE: rule} if rule is not None else {}
 
     async def _job(self, job_id: str) -> Job | None:
-        return (await self._store.read(lambda db: q.jobs_by_id(db, [job_id]))).get(job_id)
+        return await self._jobs.do(job_id)
 
     def _observe(self, event: JobEvent) -> None:
         self.scheduler.observe(event)

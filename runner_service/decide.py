@@ -363,10 +363,9 @@ class Decider:
     ) -> None:
         await q.add_runners(db, [books.runners[runner.id] for runner in new])
         fresh = {runner.id for runner in new}
-        for runner_id, facts in books.facts.items():
-            if runner_id not in fresh:
-                await q.set_runner_facts(db, runner_id, **facts)
-                decision.touched.add(runner_id)
+        told = {runner_id: facts for runner_id, facts in books.facts.items() if runner_id not in fresh}
+        await q.set_facts(db, told)
+        decision.touched.update(told)
         await q.save_jobs(db, [books.jobs[job_id] for job_id in books.changed_jobs])
         await q.add_timeline(db, books.lines)
 

@@ -1,10 +1,18 @@
-"""Where verified deliveries are written down: one committed row each, then the scheduler is woken."""
+"""Where verified deliveries are written down: one committed row each, then the scheduler is woken.
+
+Those that arrive while others are committed go into the next transaction together: a commit costs a sync of the disk.
+"""
 
 from collections.abc import Callable
 from typing import Literal, Protocol
 
+from github_webhook.errors import ReceiverBusy
 from runner_service.store import queries as q
 from runner_service.store.store import Store
+
+
+MOST_WAITING = 4000
+"""Deliveries that wait to be written down; what comes then is refused, and the forge shows it as failed."""
 
 
 class Arrived(Protocol):
@@ -28,12 +36,17 @@ class StoreInbox:
     """The receiver's inbox for one forge."""
 
     def __init__(self, store: Store, forge: str, wake: Callable[[], None]) -> None:
-        self._store = store
+        self._group = store.grouped(q.put_deliveries)
         self._forge = forge
         self._wake = wake
 
     async def store(self, delivery: Arrived) -> Literal["stored", "known", "done"]:
-        """Committed when it returns. ``known``: had it, not processed yet; ``done``: processed before."""
+        """Committed when it returns. ``known``: had it, not processed yet; ``done``: processed before.
+
+        Raises ReceiverBusy when too many wait already.
+        """
+        if len(self._group) >= MOST_WAITING:
+            raise ReceiverBusy("too many deliveries wait to be written down; redeliver this one later")
         row = {
             "id": delivery.id,
             "forge": self._forge,
@@ -43,7 +56,7 @@ class StoreInbox:
             "received_at": delivery.received_at,
             "payload": delivery.payload,
         }
-        outcome = await self._store.write(lambda db: q.put_delivery(db, row))
+        outcome = await self._group.do(row)
         if outcome != "done":
             self._wake()
         return outcome

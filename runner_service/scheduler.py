@@ -70,6 +70,8 @@ class Scheduler:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
+        self._steps = store.grouped(q.step_runners)
+        self._rows = store.grouped_reads(q.each_runner)
         self._flow = flow
         self._decider = decider
         self._hypervisor = hypervisor
@@ -362,17 +364,15 @@ class Scheduler:
         if not values:
             values["waits_for"] = runner.waits_for
 
-        async def work(db: AsyncConnection) -> Runner | None:
-            stepped = await q.step_runner(
-                db, runner.id, was=runner.state, owner=self._host.name, values=values
-            )
-            if stepped is not None:
-                await q.add_timeline(db, lines)
-                if ending is not None:
-                    await q.keep_ending(db, Ending(runner.id, now, ending))
-            return stepped
-
-        after = await self._store.write(work)
+        step = q.Step(
+            runner_id=runner.id,
+            was=runner.state,
+            owner=self._host.name,
+            values=values,
+            lines=lines,
+            ending=Ending(runner.id, now, ending) if ending is not None else None,
+        )
+        after = await self._steps.do(step)
         live.changes = {}
         live.lines = []
         live.ending_kept = live.ending_kept or ending is not None
@@ -421,7 +421,7 @@ class Scheduler:
         """The row with the facts of now; None when it is not ours any more."""
         while True:
             try:
-                found = await self._store.read(lambda db: q.runner(db, runner.id))
+                found = await self._rows.do(runner.id)
             except Exception as error:
                 log.exception("reread_failed", runner=runner.id, error=str(error))
                 await asyncio.sleep(1.0)

@@ -1,5 +1,6 @@
 """Every query of the control plane, by name. Plain functions on a connection; SQLite and PostgreSQL alike."""
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -52,41 +53,77 @@ _FIRST_LINES = 50
 
 async def lock_scheduler(db: AsyncConnection, owner: str, until: float) -> None:
     """First statement of every deciding transaction: whoever touches this row decides alone until commit."""
-    await db.execute(
-        sa.update(locks).where(locks.c.name == "scheduler").values(lease_owner=owner, lease_until=until)
-    )
+    await db.execute(_LOCK_SCHEDULER, {"owner": owner, "until": until})
+
+
+_LOCK_SCHEDULER = (
+    sa.update(locks)
+    .where(locks.c.name == "scheduler")
+    .values(lease_owner=sa.bindparam("owner"), lease_until=sa.bindparam("until"))
+)
 
 
 # ── inbox ────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def put_delivery(db: AsyncConnection, row: Mapping[str, Any]) -> Literal["stored", "known", "done"]:
-    """Store a delivery once. ``known``: stored before, not processed yet; ``done``: processed before."""
+async def put_deliveries(
+    db: AsyncConnection, rows: Sequence[Mapping[str, Any]]
+) -> list[Literal["stored", "known", "done"]]:
+    """Store each delivery once. ``known``: stored before, not processed yet; ``done``: processed before."""
     # Not by counting rows: what a driver counts after a conflict is its own affair.
-    insert = insert_into(db, inbox).on_conflict_do_nothing(index_elements=["forge", "id"])
-    if (await db.execute(insert.returning(inbox.c.seq), dict(row))).first() is not None:
-        return "stored"
-    processed = await db.scalar(
-        sa.select(inbox.c.processed_at).where(inbox.c.forge == row["forge"], inbox.c.id == row["id"])
-    )
-    return "known" if processed is None else "done"
+    inserted = await db.execute(_put_deliveries(db.dialect.name), [dict(row) for row in rows])
+    new = {(row.forge, row.id) for row in inserted}
+    outcomes: list[Literal["stored", "known", "done"]] = []
+    for row in rows:
+        key = row["forge"], row["id"]
+        if key in new:
+            new.discard(key)  # a second one of the same transaction is a repetition
+            outcomes.append("stored")
+        else:
+            outcomes.append("done" if await _processed(db, *key) else "known")
+    return outcomes
+
+
+@functools.cache
+def _put_deliveries(dialect: str) -> sa.Executable:
+    insert = insert_into(dialect, inbox).on_conflict_do_nothing(index_elements=["forge", "id"])
+    return insert.returning(inbox.c.forge, inbox.c.id)
+
+
+async def _processed(db: AsyncConnection, forge: str, delivery_id: str) -> bool:
+    return await db.scalar(_PROCESSED_AT, {"whose": forge, "guid": delivery_id}) is not None
+
+
+_PROCESSED_AT = sa.select(inbox.c.processed_at).where(
+    inbox.c.forge == sa.bindparam("whose"), inbox.c.id == sa.bindparam("guid")
+)
 
 
 async def pending_deliveries(db: AsyncConnection, limit: int) -> list[InboxRow]:
     """The oldest unprocessed deliveries, in order."""
-    query = sa.select(*_DELIVERY).where(inbox.c.processed_at.is_(None)).order_by(inbox.c.seq).limit(limit)
-    return [as_struct(row, InboxRow) for row in await db.execute(query)]
+    return [as_struct(row, InboxRow) for row in await db.execute(_PENDING, {"most": limit})]
+
+
+_PENDING = (
+    sa.select(*_DELIVERY)
+    .where(inbox.c.processed_at.is_(None))
+    .order_by(inbox.c.seq)
+    .limit(sa.bindparam("most"))
+)
 
 
 async def close_deliveries(db: AsyncConnection, outcomes: Mapping[int, str], now: float) -> None:
     """Mark deliveries (by seq) as processed, and drop their payloads: only the GUID is needed from now on."""
     if outcomes:
-        update = (
-            sa.update(inbox)
-            .where(inbox.c.seq == sa.bindparam("row"))
-            .values(processed_at=now, payload=b"", outcome=sa.bindparam("what"))
-        )
-        await db.execute(update, [{"row": seq, "what": outcome} for seq, outcome in outcomes.items()])
+        rows = [{"row": seq, "what": outcome, "now": now} for seq, outcome in outcomes.items()]
+        await db.execute(_CLOSE_DELIVERY, rows)
+
+
+_CLOSE_DELIVERY = (
+    sa.update(inbox)
+    .where(inbox.c.seq == sa.bindparam("row"))
+    .values(processed_at=sa.bindparam("now"), payload=b"", outcome=sa.bindparam("what"))
+)
 
 
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────
@@ -95,9 +132,18 @@ async def close_deliveries(db: AsyncConnection, outcomes: Mapping[int, str], now
 async def jobs_by_id(db: AsyncConnection, ids: Collection[str]) -> dict[str, Job]:
     found: dict[str, Job] = {}
     for chunk in chunks(list(ids)):
-        for row in await db.execute(sa.select(*_JOB).where(jobs.c.id.in_(chunk))):
+        for row in await db.execute(_JOBS_BY_ID, {"ids": chunk}):
             found[row.id] = as_struct(row, Job)
     return found
+
+
+_JOBS_BY_ID = sa.select(*_JOB).where(jobs.c.id.in_(sa.bindparam("ids", expanding=True)))
+
+
+async def each_job(db: AsyncConnection, ids: Sequence[str]) -> list[Job | None]:
+    """These jobs, each in its place."""
+    found = await jobs_by_id(db, ids)
+    return [found.get(one) for one in ids]
 
 
 async def list_jobs(db: AsyncConnection, *, limit: int, state: str | None = None) -> list[Job]:
@@ -110,34 +156,41 @@ async def list_jobs(db: AsyncConnection, *, limit: int, state: str | None = None
 
 async def save_jobs(db: AsyncConnection, changed: Sequence[Job]) -> None:
     """Insert or replace these jobs."""
-    if not changed:
-        return
-    insert = insert_into(db, jobs)
+    if changed:
+        await db.execute(_save_job(db.dialect.name), [_row(job) for job in changed])
+
+
+@functools.cache
+def _save_job(dialect: str) -> sa.Executable:
+    insert = insert_into(dialect, jobs)
     columns = {c.name: insert.excluded[c.name] for c in jobs.columns if c.name != "id"}
-    await db.execute(
-        insert.on_conflict_do_update(index_elements=["id"], set_=columns), [_row(job) for job in changed]
-    )
+    return insert.on_conflict_do_update(index_elements=["id"], set_=columns)
 
 
 async def queued_counts(db: AsyncConnection) -> dict[str, int]:
     """Queued jobs per group; jobs that no template serves have no group and are not counted."""
-    query = (
-        sa.select(jobs.c.group_key, sa.func.count())
-        .where(jobs.c.state == "queued", jobs.c.group_key.is_not(None))
-        .group_by(jobs.c.group_key)
-    )
-    return {row[0]: row[1] for row in await db.execute(query)}
+    return {row[0]: row[1] for row in await db.execute(_QUEUED_COUNTS)}
+
+
+_QUEUED_COUNTS = (
+    sa.select(jobs.c.group_key, sa.func.count())
+    .where(jobs.c.state == "queued", jobs.c.group_key.is_not(None))
+    .group_by(jobs.c.group_key)
+)
 
 
 async def queued_jobs(db: AsyncConnection, group: str, limit: int) -> list[Job]:
     """The oldest queued jobs of a group."""
-    query = (
-        sa.select(*_JOB)
-        .where(jobs.c.state == "queued", jobs.c.group_key == group)
-        .order_by(jobs.c.event_at, jobs.c.id)
-        .limit(limit)
-    )
-    return [as_struct(row, Job) for row in await db.execute(query)]
+    rows = await db.execute(_QUEUED_JOBS, {"group": group, "most": limit})
+    return [as_struct(row, Job) for row in rows]
+
+
+_QUEUED_JOBS = (
+    sa.select(*_JOB)
+    .where(jobs.c.state == "queued", jobs.c.group_key == sa.bindparam("group"))
+    .order_by(jobs.c.event_at, jobs.c.id)
+    .limit(sa.bindparam("most"))
+)
 
 
 async def unserved_jobs(db: AsyncConnection, limit: int) -> list[Job]:
@@ -178,22 +231,38 @@ async def stranded_jobs(db: AsyncConnection, limit: int) -> list[Job]:
 
 async def active_runners(db: AsyncConnection) -> list[Runner]:
     """Every runner that is not gone, oldest first."""
-    query = sa.select(*_RUNNER).where(runners.c.state != "gone").order_by(runners.c.created_at, runners.c.id)
-    return [as_struct(row, Runner) for row in await db.execute(query)]
+    return [as_struct(row, Runner) for row in await db.execute(_ACTIVE_RUNNERS)]
+
+
+_ACTIVE_RUNNERS = (
+    sa.select(*_RUNNER).where(runners.c.state != "gone").order_by(runners.c.created_at, runners.c.id)
+)
 
 
 async def runner(db: AsyncConnection, runner_id: str) -> Runner | None:
-    row = (await db.execute(sa.select(*_RUNNER).where(runners.c.id == runner_id))).one_or_none()
+    row = (await db.execute(_ONE_RUNNER, {"one": runner_id})).one_or_none()
     return None if row is None else as_struct(row, Runner)
+
+
+_ONE_RUNNER = sa.select(*_RUNNER).where(runners.c.id == sa.bindparam("one"))
+
+
+async def each_runner(db: AsyncConnection, ids: Sequence[str]) -> list[Runner | None]:
+    """These runners, in whatever state, each in its place."""
+    found = await runners_by_id(db, ids)
+    return [found.get(one) for one in ids]
 
 
 async def runners_by_id(db: AsyncConnection, ids: Collection[str]) -> dict[str, Runner]:
     """These runners, in whatever state."""
     found: dict[str, Runner] = {}
     for chunk in chunks(list(ids)):
-        for row in await db.execute(sa.select(*_RUNNER).where(runners.c.id.in_(chunk))):
+        for row in await db.execute(_RUNNERS_BY_ID, {"ids": chunk}):
             found[row.id] = as_struct(row, Runner)
     return found
+
+
+_RUNNERS_BY_ID = sa.select(*_RUNNER).where(runners.c.id.in_(sa.bindparam("ids", expanding=True)))
 
 
 async def runners_of_job(db: AsyncConnection, job_id: str) -> list[Runner]:
@@ -232,31 +301,73 @@ async def runner_counts(db: AsyncConnection) -> dict[str, int]:
 
 async def add_runners(db: AsyncConnection, new: Sequence[Runner]) -> None:
     if new:
-        await db.execute(sa.insert(runners), [_row(one) for one in new])
+        await db.execute(_ADD_RUNNER, [_row(one) for one in new])
+
+
+_ADD_RUNNER = sa.insert(runners)
 
 
 async def set_runner_facts(db: AsyncConnection, runner_id: str, **facts: Any) -> None:
     """Write facts (never the state) on a runner that is not gone."""
-    await db.execute(
-        sa.update(runners).where(runners.c.id == runner_id, runners.c.state != "gone").values(**facts)
-    )
+    await set_facts(db, {runner_id: facts})
 
 
-async def step_runner(
-    db: AsyncConnection, runner_id: str, *, was: str, owner: str, values: Mapping[str, Any]
-) -> Runner | None:
-    """Persist a step, if the row still is in state ``was`` and leased to ``owner``; else None.
+async def set_facts(db: AsyncConnection, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """As ``set_runner_facts`` on many runners, by id: one statement for those with the same columns."""
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for runner_id, values in facts.items():
+        if values:
+            new = {f"new_{name}": value for name, value in values.items()}
+            alike.setdefault(tuple(values), []).append({"one": runner_id, **new})
+    for names, rows in alike.items():
+        await db.execute(_set_columns(names), rows)
 
-    The answer is the whole row, with the facts others wrote meanwhile.
+
+@functools.cache
+def _set_columns(names: tuple[str, ...]) -> sa.Executable:
+    known = sa.update(runners).where(runners.c.id == sa.bindparam("one"), runners.c.state != "gone")
+    # Not by the columns' own names: SQLAlchemy keeps those for itself.
+    return known.values({name: sa.bindparam(f"new_{name}") for name in names})
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """A step of a runner: what changes in its row, its lines of the timeline, how its VM ended if it did."""
+
+    runner_id: str
+    was: str
+    owner: str
+    values: Mapping[str, Any]
+    lines: Sequence[TimelineRow] = ()
+    ending: Ending | None = None
+
+
+async def step_runners(db: AsyncConnection, steps: Sequence[Step]) -> list[Runner | None]:
+    """Persist each step, if its row still is in state ``was`` and leased to ``owner``; else None.
+
+    The answers are the whole rows, with the facts others wrote meanwhile.
     """
-    update = (
-        sa.update(runners)
-        .where(runners.c.id == runner_id, runners.c.state == was, runners.c.lease_owner == owner)
-        .values(**values)
-        .returning(*_RUNNER)
-    )
-    row = (await db.execute(update)).one_or_none()
-    return None if row is None else as_struct(row, Runner)
+    rows: dict[str, Runner] = {}
+    for chunk in chunks([step.runner_id for step in steps]):
+        for row in await db.execute(_RUNNERS_TO_STEP, {"ids": chunk}):
+            rows[row.id] = as_struct(row, Runner)
+    answers: list[Runner | None] = []
+    taken: list[Step] = []
+    for step in steps:
+        row = rows.get(step.runner_id)
+        if row is None or row.state != step.was or row.lease_owner != step.owner:
+            answers.append(None)
+            continue
+        after = rows[row.id] = msgspec.structs.replace(row, **step.values)
+        answers.append(after)
+        taken.append(step)
+    await set_facts(db, {step.runner_id: step.values for step in taken})
+    await add_timeline(db, [line for step in taken for line in step.lines])
+    await keep_endings(db, [step.ending for step in taken if step.ending is not None])
+    return answers
+
+
+# Locked in one order, so that two services do not wait for each other; SQLite has one writer anyway.
+_RUNNERS_TO_STEP = _RUNNERS_BY_ID.order_by(runners.c.id).with_for_update()
 
 
 async def kill_runner_of_vm(db: AsyncConnection, vm_id: str, now: float) -> str | None:
@@ -292,7 +403,10 @@ async def renew_leases(db: AsyncConnection, owner: str, now: float, until: float
 
 async def add_timeline(db: AsyncConnection, rows: Sequence[TimelineRow]) -> None:
     if rows:
-        await db.execute(sa.insert(timeline), [msgspec.structs.asdict(row) for row in rows])
+        await db.execute(_ADD_LINE, [msgspec.structs.asdict(row) for row in rows])
+
+
+_ADD_LINE = sa.insert(timeline)
 
 
 async def timeline_of_job(db: AsyncConnection, job_id: str, most: int = 500) -> list[TimelineRow]:
@@ -311,11 +425,17 @@ async def timeline_of_job(db: AsyncConnection, job_id: str, most: int = 500) -> 
     return [as_struct(row, TimelineRow) for row in rows]
 
 
-async def keep_ending(db: AsyncConnection, ending: Ending) -> None:
-    """Keep how a runner's VM ended; the last word counts."""
-    values = msgspec.structs.asdict(ending)
-    insert = insert_into(db, endings).values(**values)
-    await db.execute(insert.on_conflict_do_update(index_elements=["runner_id"], set_=values))
+async def keep_endings(db: AsyncConnection, found: Sequence[Ending]) -> None:
+    """Keep how the VMs of runners ended; the last word counts."""
+    if found:
+        await db.execute(_keep_ending(db.dialect.name), [msgspec.structs.asdict(ending) for ending in found])
+
+
+@functools.cache
+def _keep_ending(dialect: str) -> sa.Executable:
+    insert = insert_into(dialect, endings)
+    last = {name: insert.excluded[name] for name in ("at", "exit")}
+    return insert.on_conflict_do_update(index_elements=["runner_id"], set_=last)
 
 
 async def endings_of(db: AsyncConnection, runner_ids: Collection[str]) -> dict[str, Ending]:
@@ -338,10 +458,11 @@ async def save_host(db: AsyncConnection, host: Host, now: float) -> None:
 
 async def live_hosts(db: AsyncConnection, seen_since: float) -> list[Host]:
     """Hosts heard of since ``seen_since``, without what is promised on them."""
-    query = sa.select(hosts).where(hosts.c.seen_at >= seen_since).order_by(hosts.c.name)
-    return [
-        Host(row.name, row.max_vms, row.memory_mib, draining=row.draining) for row in await db.execute(query)
-    ]
+    rows = await db.execute(_LIVE_HOSTS, {"since": seen_since})
+    return [Host(row.name, row.max_vms, row.memory_mib, draining=row.draining) for row in rows]
+
+
+_LIVE_HOSTS = sa.select(hosts).where(hosts.c.seen_at >= sa.bindparam("since")).order_by(hosts.c.name)
 
 
 async def forget(db: AsyncConnection, before: float) -> None:
@@ -372,7 +493,7 @@ async def warm_up(db: AsyncConnection) -> None:
         "received_at": 0.0,
         "payload": b"",
     }
-    await put_delivery(db, row)
+    await put_deliveries(db, [row])
     await lock_scheduler(db, name, 0.0)
     await close_deliveries(db, {one.seq: name for one in await pending_deliveries(db, 1)}, 0.0)
     job = Job(
@@ -399,8 +520,9 @@ async def warm_up(db: AsyncConnection) -> None:
         "vm_id": "",
         "remote_id": "",
     }
-    await step_runner(db, name, was="forking", owner=name, values=values)
-    await add_timeline(db, [TimelineRow(at=0.0, job_id=None, runner_id=name, step=name)])
+    line = TimelineRow(at=0.0, job_id=None, runner_id=name, step=name)
+    step = Step(runner_id=name, was="forking", owner=name, values=values, lines=[line])
+    await step_runners(db, [step])
 
 
 def _row(value: msgspec.Struct) -> dict[str, Any]:

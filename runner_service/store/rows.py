@@ -17,9 +17,10 @@ def columns(table: sa.Table, kind: type[msgspec.Struct]) -> tuple[sa.Column[Any]
     return tuple(table.c[name] for name in kind.__struct_fields__ if name in table.c)
 
 
-def insert_into(db: AsyncConnection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
-    """The dialect's INSERT with ON CONFLICT, which both databases spell alike."""
-    return postgresql.insert(table) if db.dialect.name == "postgresql" else sqlite.insert(table)
+def insert_into(db: AsyncConnection | str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    """The INSERT with ON CONFLICT of a connection's dialect (or of that name), which both databases spell alike."""
+    name = db if isinstance(db, str) else db.dialect.name
+    return postgresql.insert(table) if name == "postgresql" else sqlite.insert(table)
 
 
 def as_struct(row: Any, kind: type[T]) -> T:

@@ -9,17 +9,18 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.event import listen
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from runner_service.store import sqlite
+from runner_service.store.group import Answer, Group, Item
 from runner_service.store.queries import warm_up
 from runner_service.store.schema import HEAD
 
@@ -47,6 +48,7 @@ class Store:
         self._writer = writer
         self._reader = reader
         self._transactions: set[asyncio.Task[Any]] = set()
+        self._groups: list[Group[Any, Any]] = []
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -102,6 +104,22 @@ class Store:
         async with self._reader.connect() as connection:
             yield connection
 
+    def grouped(
+        self, work: Callable[[AsyncConnection, Sequence[Item]], Awaitable[Sequence[Answer]]]
+    ) -> Group[Item, Answer]:
+        """Writes that share transactions: for small ones of which many come at once."""
+        return self._group(Group(self.writing, work))
+
+    def grouped_reads(
+        self, work: Callable[[AsyncConnection, Sequence[Item]], Awaitable[Sequence[Answer]]]
+    ) -> Group[Item, Answer]:
+        """Reads that share transactions, each begun after it was asked for."""
+        return self._group(Group(self.reading, work))
+
+    def _group(self, group: Group[Item, Answer]) -> Group[Item, Answer]:
+        self._groups.append(group)
+        return group
+
     async def _write(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         async with self.writing() as connection:
             return await work(connection)
@@ -120,6 +138,8 @@ class Store:
 
     async def settle(self) -> None:
         """Wait for transactions whose callers were cancelled."""
+        for group in self._groups:
+            await group.settle()
         await asyncio.gather(*self._transactions, return_exceptions=True)
 
     async def migrate(self) -> None:
@@ -193,45 +213,14 @@ def _engines(url: sa.URL, *, read_only: bool) -> tuple[AsyncEngine, AsyncEngine]
 def _sqlite(url: sa.URL, *, read_only: bool) -> tuple[AsyncEngine, AsyncEngine]:
     if not url.database:
         raise StoreError("an SQLite database needs a file: sqlite+aiosqlite:///FILE")
-    path = Path(url.database)
     if read_only:
+        path = Path(url.database)
         if not path.exists():
             raise StoreError(
                 f"there is no database {path}: is the data directory right, and did the service ever run?"
             )
         url = url.set(database=f"file:{path}", query={"mode": "ro", "uri": "true"})
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    options: dict[str, Any] = {
-        "json_serializer": _dump,
-        "json_deserializer": _load,
-        "connect_args": {"timeout": 10},
-    }
-    writer = create_async_engine(url, pool_size=1, max_overflow=0, **options)
-    reader = create_async_engine(url, pool_size=2, max_overflow=2, **options)
-    for engine in (writer, reader):
-        _set_pragmas(engine, read_only=read_only)
-    # The driver begins a transaction at the first write only: without this each statement would see its own moment.
-    listen(reader.sync_engine, "begin", _begin)
-    return writer, reader
-
-
-def _begin(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
-
-
-def _set_pragmas(engine: AsyncEngine, *, read_only: bool) -> None:
-    def on_connect(connection: Any, _record: object) -> None:
-        cursor = connection.cursor()
-        if not read_only:
-            cursor.execute("PRAGMA journal_mode=WAL")
-        # FULL: an event that was answered with 2xx survives a power cut; it costs one fsync a commit.
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute("PRAGMA cache_size=-4096")
-        cursor.close()
-
-    listen(engine.sync_engine, "connect", on_connect)
+    return sqlite.engines(url, read_only=read_only, json_serializer=_dump, json_deserializer=_load)
 
 
 def _version(connection: sa.Connection) -> str | None:

@@ -75,15 +75,15 @@ def delivery(guid: str) -> dict[str, object]:
 
 async def test_a_delivery_is_stored_once_and_known_until_it_is_processed(store: Store) -> None:
     async with store.writing() as db:
-        assert await q.put_delivery(db, delivery("a")) == "stored"
-        assert await q.put_delivery(db, delivery("b")) == "stored"
+        assert await q.put_deliveries(db, [delivery("a")]) == ["stored"]
+        assert await q.put_deliveries(db, [delivery("b")]) == ["stored"]
     async with store.writing() as db:
-        assert await q.put_delivery(db, delivery("a")) == "known"
+        assert await q.put_deliveries(db, [delivery("a")]) == ["known"]
         rows = await q.pending_deliveries(db, 10)
         assert [row.id for row in rows] == ["a", "b"] and rows[0].payload == b"{}"
         await q.close_deliveries(db, {rows[0].seq: "job"}, 2.0)
     async with store.writing() as db:
-        assert await q.put_delivery(db, delivery("a")) == "done"
+        assert await q.put_deliveries(db, [delivery("a")]) == ["done"]
         assert [row.id for row in await q.pending_deliveries(db, 10)] == ["b"]
 
 
@@ -119,12 +119,21 @@ async def test_a_step_is_persisted_only_from_the_state_it_began_in_and_by_who_ho
         await q.add_runners(db, [runner(1)])
         await q.set_runner_facts(db, "r1", serving_job_id="github-1")
     async with store.writing() as db:
-        step = {"runner_id": "r1", "values": {"state": "registering"}}
-        assert await q.step_runner(db, was="idle", owner="h", **step) is None  # pyright: ignore
-        assert await q.step_runner(db, was="forking", owner="other", **step) is None  # pyright: ignore
-        after = await q.step_runner(db, was="forking", owner="h", **step)  # pyright: ignore
-    assert after is not None and after.state == "registering" and after.serving_job_id == "github-1"
-    assert after.labels == ("microvm", "linux")
+        line = TimelineRow(at=1.0, job_id="github-1", runner_id="r1", step="registering")
+
+        def step(was: str, owner: str) -> q.Step:
+            values = {"state": "registering"}
+            return q.Step(runner_id="r1", was=was, owner=owner, values=values, lines=[line])
+
+        wrong = [step("idle", "h"), step("forking", "other")]
+        assert await q.step_runners(db, wrong) == [None, None]
+        assert await q.timeline_of_job(db, "github-1") == []
+        first, again = await q.step_runners(db, [step("forking", "h"), step("forking", "h")])
+    assert first is not None and first.state == "registering" and first.serving_job_id == "github-1"
+    assert first.labels == ("microvm", "linux") and again is None
+    async with store.reading() as db:
+        assert await q.runner(db, "r1") == first
+        assert await q.timeline_of_job(db, "github-1") == [line]
 
 
 async def test_leases_are_renewed_and_those_that_ran_out_here_are_taken_over(store: Store) -> None:
@@ -190,7 +199,7 @@ async def test_only_what_is_over_is_forgotten(store: Store) -> None:
         await q.add_runners(
             db, [runner(1, state="gone", ended_at=1.0), runner(2), runner(3, state="gone", ended_at=99.0)]
         )
-        await q.put_delivery(db, delivery("a"))
+        await q.put_deliveries(db, [delivery("a")])
         await q.forget(db, 50.0)
     async with store.reading() as db:
         assert sorted(one.id for one in await q.list_jobs(db, limit=9)) == ["github-2", "github-3"]
@@ -212,7 +221,7 @@ async def test_work_whose_caller_is_cancelled_is_finished_and_costs_no_connectio
     for number in range(60):
         calls = [
             asyncio.create_task(
-                store.write(lambda db, n=number * 3 + i: q.put_delivery(db, delivery(f"guid-{n}")))
+                store.write(lambda db, n=number * 3 + i: q.put_deliveries(db, [delivery(f"guid-{n}")]))
             )
             for i in range(3)
         ]
@@ -222,7 +231,7 @@ async def test_work_whose_caller_is_cancelled_is_finished_and_costs_no_connectio
         await asyncio.gather(*calls, return_exceptions=True)
     await store.settle()
     async with asyncio.timeout(1):
-        await store.write(lambda db: q.put_delivery(db, delivery("last")))
+        await store.write(lambda db: q.put_deliveries(db, [delivery("last")]))
         assert len(await store.read(lambda db: q.pending_deliveries(db, 1000))) > 1
 
 
@@ -293,11 +302,12 @@ async def test_what_a_vm_cost_and_how_it_ended_comes_back_as_it_was(store: Store
     ended = VmExit(kind="signaled", signal=9, cause="vmm_killed", events=(VmEvent(1.0, "STOP"),), usage=usage)
     async with store.writing() as db:
         await q.add_runners(db, [runner(1), runner(2)])
-        stepped = await q.step_runner(db, "r1", was="forking", owner="h", values={"usage": usage})
+        step = q.Step(runner_id="r1", was="forking", owner="h", values={"usage": usage})
+        (stepped,) = await q.step_runners(db, [step])
         assert stepped is not None
         assert stepped.usage == usage
         for at in (5.0, 6.0):
-            await q.keep_ending(db, Ending("r1", at, ended))
+            await q.keep_endings(db, [Ending("r1", at, ended)])
     async with store.reading() as db:
         assert [one.usage for one in await q.active_runners(db)] == [usage, None]
         assert await q.endings_of(db, ["r1", "r2"]) == {"r1": Ending("r1", 6.0, ended)}

@@ -172,19 +172,18 @@ class FakeForge:
     # ── inside ───────────────────────────────────────────────────────────────────────────────────
 
     def _assign(self) -> None:
+        idle = [runner for runner in self.runners.values() if runner.online and runner.job is None]
         for job in self.jobs.values():
+            if not idle:
+                break
             if job.state != "queued":
                 continue
             wanted = {label.lower() for label in job.labels}
-            for runner in self.runners.values():
-                if (
-                    runner.online
-                    and runner.job is None
-                    and wanted <= runner.labels
-                    and self._in_scope(job, runner)
-                ):
+            for runner in idle:
+                if wanted <= runner.labels and self._in_scope(job, runner):
                     runner.job, job.runner, job.state = job.id, runner.name, "in_progress"
                     self._tell(job)
+                    idle.remove(runner)
                     break
         self._wake()
 

@@ -129,7 +129,7 @@ async def test_evidence_expires_with_the_job(tmp_path: Path) -> None:
     early, late = Ending("early", time.time(), PANIC), Ending("late", time.time() + 100, PANIC)
     async with world.running() as service:
         for ending in (early, msgspec.structs.replace(late, exit=VmExit(kind="exited")), late):
-            await service.store.write(lambda db, ending=ending: q.keep_ending(db, ending))
+            await service.store.write(lambda db, ending=ending: q.keep_endings(db, [ending]))
         assert await service.store.read(lambda db: q.endings_of(db, ["early", "late"])) == {
             "early": early,
             "late": late,

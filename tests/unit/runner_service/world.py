@@ -229,6 +229,7 @@ class Service:
 
     def __init__(self, world: World, store: Store, gate: Callable[[str], None]) -> None:
         self.store = GatedStore(store, gate)
+        self._jobs = self.store.grouped_reads(q.each_job)
         self.engine = FakeEngine(world.host, gate)
         self.logs = JobLogs(world.directory / "logs", limit=world.runners.log_limit_mib << 20)
         self.metrics = Metrics()
@@ -338,7 +339,7 @@ class Service:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def _job(self, job_id: str) -> Job | None:
-        return (await self.store.read(lambda db: q.jobs_by_id(db, [job_id]))).get(job_id)
+        return await self._jobs.do(job_id)
 
     def _observe(self, event: JobEvent) -> None:
         self.scheduler.observe(event)
