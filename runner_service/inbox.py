@@ -10,7 +10,6 @@ from github_webhook.errors import ReceiverBusy
 from runner_service.store import queries as q
 from runner_service.store.store import Store
 
-
 MOST_WAITING = 4000
 """Deliveries that wait to be written down; what comes then is refused, and the forge shows it as failed."""
 

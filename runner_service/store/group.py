@@ -74,6 +74,8 @@ class Group(Generic[Item, Answer]):
         self._waiting.append(asked)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._work_off(), name="group commit")
+            # What ends it is told to everybody who waits: nobody is left to be told.
+            self._task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(asked.answer)
 
     async def settle(self) -> None:

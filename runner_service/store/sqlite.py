@@ -73,7 +73,7 @@ def _set_pragmas(engine: AsyncEngine, *, read_only: bool) -> None:
 
 
 class _Cursor(AsyncAdapt_aiosqlite_cursor):
-    """The driver's own cursor, used at once. SQLAlchemy insists on one await for each statement: it gets an empty one."""
+    """The driver's own cursor, used at once. SQLAlchemy insists on one await a statement: it gets an empty one."""
 
     __slots__ = ()
     _awaitable_cursor_close = False
