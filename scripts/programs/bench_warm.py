@@ -39,8 +39,10 @@ LIMITS: dict[str, tuple[str, Callable[[dict[str, float]], float]]] = {
 }
 # What the first test's end looks like in the job's log.
 _TESTED = {"python": "1 passed", "node": "pass 1"}
-_JOB_SECONDS = 600.0
+_JOB_SECONDS = 1500.0
 _FILES = 20_000
+# The dependency that is there once and not before: no other of the sample's needs it.
+_CHANGED = "humanize=="
 _BLOCK = 4096
 _CHUNK = 4 << 20
 
@@ -124,7 +126,10 @@ async def _rebake(engine: Engine, path: Path, base: Snapshot, plan: Plan, tick: 
     """A bake from the base, one after a dependency has changed, and what the first one's snapshot is like."""
     template = base.manifest.labels["template"]
     request = Request(url=str(path), spelled=f"{OWNER}/rebaked", template=template)
-    *fewer, last = (path / "requirements.txt").read_text().splitlines()
+    lines = (path / "requirements.txt").read_text().splitlines()
+    fewer = [line for line in lines if not line.startswith(_CHANGED)]
+    if len(fewer) != len(lines) - 1:
+        raise RuntimeError(f"the sample does not lock {_CHANGED}")
     _lock(path, fewer)
     first = await bake_repository(engine, request, progress=lambda _event: None, force=True)
     try:
@@ -132,7 +137,7 @@ async def _rebake(engine: Engine, path: Path, base: Snapshot, plan: Plan, tick: 
         made = engine.snapshots.load(first.digest)
         figures = await _forks(engine, base, made, plan, tick)
         figures["warm.child_bytes_ratio"] = await asyncio.to_thread(_bytes_ratio, engine, made, base)
-        _lock(path, [*fewer, last])
+        _lock(path, lines)
         again = await bake_repository(engine, request, progress=lambda _event: None)
         tick("a bake after a change")
         await asyncio.to_thread(engine.snapshots.remove, again.digest)
