@@ -102,7 +102,8 @@ async def places(stage: Stage, engine: Engine, job: int) -> dict[str, Iterable[b
     """What lies outside the guest and could hold what it should not, as it is now; but for the snapshots."""
     found: dict[str, Iterable[bytes]] = {**processes()}
     work = stage.config.parent
-    files = [stage.log, *work.glob("service.db*"), *(engine.data_dir / "logs").iterdir()]
+    files = [stage.log, *work.glob("service.db*")]
+    files += [path for path in (engine.data_dir / "logs").rglob("*") if path.is_file()]
     files += list(engine.data_dir.glob("*.json"))
     for vm in vms(engine):
         # The VM's own disk is the guest's: the runner's files stand there, and go with it.
