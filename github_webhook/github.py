@@ -22,6 +22,7 @@ from github_webhook.errors import (
     Conflict,
     ForgeError,
     NotFound,
+    NotInstalled,
     RateLimited,
     Unauthorized,
     Unavailable,
@@ -327,6 +328,8 @@ class GitHub:
         scope = Scope.repository(owner, repo)
         try:
             answer = await self._call("GET", f"{scope.path}/actions/jobs{path(job_id)}", scope)
+        except NotInstalled:
+            raise
         except NotFound:
             return None
         return answer.read(_job).public()

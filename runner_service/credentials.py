@@ -8,9 +8,11 @@ import structlog
 
 from github_webhook.app_auth import AppAuth, TokenAuth
 from github_webhook.app_auth import Scope as GitHubScope
+from github_webhook.reach import Reach
 from github_webhook.rest import api_base_url
 from github_webhook.routes import Route, Routes
 from runner_service.domain import Scope
+from runner_service.github_listings import Reached, needs_reach
 from runner_service.settings import GitHubApp, GitHubSettings, SettingsError, read_secret, webhook_secrets
 
 log = structlog.get_logger("credentials")
@@ -30,6 +32,17 @@ def routes(settings: GitHubSettings, http: httpx.AsyncClient) -> Routes:
             for app in settings.credentials
         ]
     )
+
+
+def reached(settings: GitHubSettings, known: Routes, http: httpx.AsyncClient) -> list[Reached]:
+    """Those credentials that have to be asked which repositories they reach."""
+    found: list[Reached] = []
+    for route in known.all:
+        if isinstance(route.auth, AppAuth | TokenAuth) and needs_reach(route.patterns):
+            base_url = api_base_url(settings.base_url)
+            reach = Reach(auth=route.auth, http=http, base_url=base_url, timeout=settings.timeout_s)
+            found.append(Reached(route.name, reach, route.patterns))
+    return found
 
 
 def runner_groups(settings: GitHubSettings, known: Routes) -> Callable[[Scope], int]:
@@ -60,8 +73,9 @@ class WebhookSecrets:
         self._read_at = time.monotonic()
         self._secrets = webhook_secrets(settings)
         if not self._secrets:
-            log.warning(
-                "no_webhook_secret", advice="set github.webhook_secret_files: every delivery is refused"
+            raise SettingsError(
+                "[github]: no webhook secret is set, so every delivery would be refused: set webhook_secret_files (or "
+                'webhook_secret_env); where no deliveries come in, set ingress = "poll"'
             )
 
     def __call__(self) -> Sequence[str]:

@@ -23,6 +23,7 @@ from github_webhook.circuit import Circuits
 from github_webhook.github import GitHub
 from github_webhook.receiver import receiver
 from github_webhook.rest import api_base_url
+from github_webhook.routes import Routes
 from runner_service import github_forge, serving, telemetry, tokens, views
 from runner_service.access import Failures, Gate, reached_from_here_only
 from runner_service.api import Api, Check, Readiness, webhooks_alone
@@ -32,16 +33,18 @@ from runner_service.catalog import EngineCatalog
 from runner_service.choice import Chooser
 from runner_service.claims import address_of, announce, listen, only_one
 from runner_service.client import SERVICE_FILE
-from runner_service.credentials import WebhookSecrets, routes, runner_groups, secret_variables
+from runner_service.credentials import WebhookSecrets, reached, routes, runner_groups, secret_variables
 from runner_service.decide import Decider, Rules
 from runner_service.domain import Host, Job, JobEvent, Runner
 from runner_service.egress import forge_rule
 from runner_service.facts import Limits
 from runner_service.flow import Flow
 from runner_service.frozen import Freezer
+from runner_service.github_listings import GitHubListings, named, served
 from runner_service.holds import Probes, told
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
+from runner_service.polling import Poller
 from runner_service.ports import Forge
 from runner_service.repositories import Mirrors, OriginOf, permitted_by
 from runner_service.reruns import Reruns
@@ -106,6 +109,7 @@ class Service:
         circuits = self._circuits = Circuits()
         interpret = github_forge.Interpreter(auth, circuits)
         self._probes: Probes | None = None
+        self._poller: Poller | None = None
         forge: github_forge.GitHubForge | None = None
         if settings.github is not None and auth is not None:
             client = GitHub(
@@ -118,6 +122,7 @@ class Service:
             groups = runner_groups(settings.github, auth)
             forge = self._forges[github_forge.FORGE] = github_forge.GitHubForge(client, runner_group=groups)
             self._probes = Probes(client, self._metrics)
+            self._poller = self._make_poller(settings.github, client, forge, auth)
         self._bakes: Bakes | None = None
         self._planner: Planner | None = None
         mirrors: Mirrors | None = None
@@ -195,7 +200,6 @@ class Service:
             flow=flow,
             decider=decider,
             hypervisor=engine,
-            forges=self._forges,
             host=Host(settings.service.name, runners.max_vms, memory),
             limits=limits,
             metrics=self._metrics,
@@ -206,6 +210,21 @@ class Service:
         )
         # What was held back goes on at once when its calls get through again.
         circuits.changed = self.scheduler.wake
+
+    def _make_poller(
+        self, github: GitHubSettings, client: GitHub, forge: Forge, credentials: Routes
+    ) -> Poller:
+        return Poller(
+            store=self._store,
+            name=github_forge.FORGE,
+            forge=forge,
+            listings=GitHubListings(client, reached(github, credentials, self._http)),
+            allowed=served(github),
+            observe=self._observe,
+            metrics=self._metrics,
+            every=github.poll_every,
+            named=named(github),
+        )
 
     def _make_bakes(self, github: GitHubSettings, origin: OriginOf) -> Bakes:
         settings = self._settings
@@ -248,6 +267,8 @@ class Service:
                 working.append(asyncio.create_task(self._probes.run(), name="probes"))
             working.append(asyncio.create_task(self._reruns.run(), name="reruns"))
             working.append(asyncio.create_task(self._freezer.run(), name="frozen"))
+            if self._poller is not None:
+                working.append(asyncio.create_task(self._poller.run(), name="poller"))
             if self._bakes is not None and self._planner is not None:
                 await self._bakes.start()
                 working.append(asyncio.create_task(self._bakes.run(), name="bakes"))
@@ -323,7 +344,7 @@ class Service:
 
     def _receivers(self) -> list[Router]:
         github = self._settings.github
-        if github is None:
+        if github is None or github.ingress == "poll":
             return []
         inbox = StoreInbox(self._store, github_forge.FORGE, self.scheduler.wake)
         return [receiver(inbox, WebhookSecrets(github), counters=telemetry.DeliveryCounters(self._metrics))]

@@ -64,6 +64,7 @@ class Decision(msgspec.Struct):
     touched: set[str] = set()
     outcomes: dict[str, int] = {}
     entered: dict[str, int] = {}
+    found: dict[str, int] = {}
     reasons: list[str] = []
     processed: int = 0
     more: bool = False
@@ -124,6 +125,7 @@ class Decider:
             if outcome == "new":
                 job = books.jobs[event.job_id]
                 heard[f"{job.owner}/{job.repo}".lower()] = _used(job, now)
+                decision.found[event.via] = decision.found.get(event.via, 0) + 1
             decision.outcomes[outcome] = decision.outcomes.get(outcome, 0) + 1
             if outcome in ("new", "advanced"):
                 decision.entered[event.state] = decision.entered.get(event.state, 0) + 1

@@ -7,6 +7,9 @@ import msgspec
 from vmm_core.machine import EgressRule, VmExit, VmUsage
 
 JobState = Literal["waiting", "queued", "in_progress", "completed"]
+Via = Literal["delivery", "poll", "asked"]
+"""How something of a job was learned: a webhook told it, a look at the repository found it, or the forge was asked."""
+
 RunnerState = Literal["wanted", "forking", "registering", "idle", "busy", "retiring", "gone"]
 
 JOB_RANK: dict[JobState, int] = {"waiting": 0, "queued": 1, "in_progress": 2, "completed": 3}
@@ -31,7 +34,7 @@ class Scope(msgspec.Struct, frozen=True):
 
 
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """What one event, or one look at the forge, says about a job. Times are Unix seconds."""
+    """What one event, or one look at the forge, says about a job. Times are Unix seconds. ``note`` is for its story."""
 
     forge: str
     forge_job_id: str
@@ -51,6 +54,8 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float | None = None
     started_at: float | None = None
     completed_at: float | None = None
+    via: Via = "delivery"
+    note: str = ""
 
     @property
     def job_id(self) -> str:

@@ -24,6 +24,7 @@ from runner_service.domain import (
     RemoteRunner,
     Repository,
     Scope,
+    Via,
 )
 from runner_service.repositories import Origin, OriginOf
 from runner_service.settings import GitHubSettings
@@ -71,7 +72,7 @@ class GitHubForge:
     async def job(self, scope: Scope, forge_job_id: str, *, owner: str, repo: str) -> JobEvent | None:
         del scope
         found = await self._client.get_job(owner, repo, int(forge_job_id))
-        return None if found is None else _job_event(found, owner, repo, self._clock())
+        return None if found is None else job_event(found, owner, repo, self._clock(), via="asked")
 
     def held(self, scope: Scope) -> Held | None:
         """Why nothing is registered in this scope now; None when nothing speaks against it."""
@@ -209,7 +210,8 @@ def _remote(runner: github.RemoteRunner | None) -> RemoteRunner | None:
     return None if runner is None else RemoteRunner(str(runner.id), runner.name, runner.online, runner.busy)
 
 
-def _job_event(job: github.RemoteJob, owner: str, repo: str, now: float) -> JobEvent:
+def job_event(job: github.RemoteJob, owner: str, repo: str, now: float, *, via: Via) -> JobEvent:
+    """What the REST API says about a job, as an event; ``via``: why it was asked."""
     return JobEvent(
         forge=FORGE,
         forge_job_id=str(job.id),
@@ -218,6 +220,7 @@ def _job_event(job: github.RemoteJob, owner: str, repo: str, now: float) -> JobE
         state=_STATES.get(job.status, "waiting"),
         labels=job.labels,
         seen_at=now,
+        via=via,
         name=job.name,
         workflow=job.workflow_name or "",
         run_id=str(job.run_id),

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from runner_service.domain import JOB_RANK, Job, JobEvent, Push, Runner, Scope, TimelineRow, timeline
+from runner_service.domain import JOB_RANK, Job, JobEvent, Push, Runner, Scope, TimelineRow, Via, timeline
 from runner_service.labels import Foreign, Serve, Unservable, group_key, is_ours
 
 Choose = Callable[[Job], Serve | Foreign | Unservable]
@@ -167,10 +167,26 @@ def _enter(books: Books, job: Job, event: JobEvent, choose: Choose, now: float) 
 
 
 def _seen(job: Job, event: JobEvent) -> str:
+    seen = _SEEN[event.via]
     if job.created_at is None:
-        return "event seen"
+        return seen
     # The forge's clock has whole seconds and need not be ours: a negative delay is none.
-    return f"event seen {max(0.0, event.seen_at - job.created_at):.1f} s after it was created"
+    return f"{seen} {max(0.0, event.seen_at - job.created_at):.1f} s after it was created"
+
+
+_SEEN: dict[Via, str] = {
+    "delivery": "event seen",
+    "poll": "no event came: found by a poll",
+    "asked": "no event came: the forge was asked",
+}
+
+
+def _how(event: JobEvent) -> str:
+    """What its story adds when no event told it."""
+    note = f", {event.note}" if event.note else ""
+    if event.via == "delivery":
+        return note
+    return f"{note}; {'found by a poll' if event.via == 'poll' else 'the forge said so when asked'}"
 
 
 def _picked_up(books: Books, job: Job, event: JobEvent) -> None:
@@ -179,7 +195,7 @@ def _picked_up(books: Books, job: Job, event: JobEvent) -> None:
         _elsewhere(books, job, event, "in progress", "")
         return
     books.put_job(msgspec.structs.replace(job, runner_id=runner.id))
-    books.say(job, event.seen_at, "in progress", f"on runner {runner.id}", runner=runner.id)
+    books.say(job, event.seen_at, "in progress", f"on runner {runner.id}{_how(event)}", runner=runner.id)
     books.tell(runner.id, serving_job_id=job.id)
     if runner.job_id != job.id:
         _swap(books, job, runner, event.seen_at)
@@ -189,11 +205,21 @@ def _elsewhere(books: Books, job: Job, event: JobEvent, step: str, what: str) ->
     """The runner is gone already (events are late), or was never ours."""
     if event.runner_name in books.past:
         books.put_job(msgspec.structs.replace(job, runner_id=event.runner_name))
-        books.say(job, event.seen_at, step, f"{what}on runner {event.runner_name}, which is gone by now")
+        books.say(
+            job,
+            event.seen_at,
+            step,
+            f"{what}on runner {event.runner_name}, which is gone by now{_how(event)}",
+        )
     elif event.runner_name:
-        books.say(job, event.seen_at, step, f"{what}on runner {event.runner_name}, which is none of ours")
+        books.say(
+            job,
+            event.seen_at,
+            step,
+            f"{what}on runner {event.runner_name}, which is none of ours{_how(event)}",
+        )
     else:
-        books.say(job, event.seen_at, step, what.strip())
+        books.say(job, event.seen_at, step, f"{what.strip()}{_how(event)}".removeprefix("; "))
 
 
 def _swap(books: Books, job: Job, thief: Runner, at: float) -> None:
@@ -218,7 +244,9 @@ def _completed(books: Books, job: Job, event: JobEvent) -> None:
     if runner is None:
         _elsewhere(books, job, event, "completed", f"{conclusion} ")
         return
-    books.say(job, event.seen_at, "completed", f"{conclusion} on runner {runner.id}", runner=runner.id)
+    books.say(
+        job, event.seen_at, "completed", f"{conclusion} on runner {runner.id}{_how(event)}", runner=runner.id
+    )
     if job.runner_id != runner.id:
         books.put_job(msgspec.structs.replace(job, runner_id=runner.id))
     books.tell(runner.id, serving_job_id=job.id, job_done_at=event.seen_at)

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from runner_service.domain import JobEvent, Parent, Registration, RemoteRunner, Repository, Scope, Template
+from runner_service.poll_plan import Allowance
 from vmm_core.machine import EgressRule, ExecResult, ForkTimings, Frozen, GuestFile, Output, VmExit, VmRecord
 
 
@@ -120,6 +121,38 @@ class Repositories(Protocol):
 
     async def on_branch(self, repository: Repository, commit: str, branch: str) -> bool:
         """Whether the commit is on that branch of the repository itself. Fetches as ``keys``."""
+        ...
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """What a look at a repository found. ``more``: it was not complete, go on there.
+
+    ``calls`` were made, of which the forge counted ``paid`` against its rate limit.
+    """
+
+    jobs: tuple[JobEvent, ...]
+    more: int | None = None
+    calls: int = 1
+    paid: int = 1
+
+
+class Listings(Protocol):
+    """What a forge lists when it is looked at. Every call ends within the client's time-outs, or raises ForgeError."""
+
+    async def owners(self) -> Sequence[str]:
+        """The accounts whose repositories must be asked for, since the settings do not name them."""
+        ...
+
+    async def repositories(self, owner: str) -> Sequence[tuple[str, str]]:
+        """The repositories (owner, name) of such an account that the credentials reach."""
+        ...
+
+    async def untaken(self, owner: str, repo: str, *, after: int) -> Listed:
+        """The jobs of a repository that no runner has taken; ``after``: go on behind what the last look ended with."""
+        ...
+
+    def allowance(self, owner: str) -> Allowance | None:
+        """The rate limit of calls to what this owner has; None: nothing is known, or there is none."""
         ...
 
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -25,11 +25,10 @@ from runner_service.facts import BENIGN, Limits
 from runner_service.flow import Flow
 from runner_service.infrastructure import code_of
 from runner_service.live import Live
-from runner_service.ports import Forge, Hypervisor, RunnerVm
+from runner_service.ports import Hypervisor, RunnerVm
 from runner_service.reaper import Reaper
 from runner_service.store import queries as q
 from runner_service.store.store import Store
-from runner_service.stranded import Stranded
 from runner_service.telemetry import Metrics
 from vmm_core.errors import VmmError
 
@@ -58,7 +57,6 @@ class Scheduler:
         flow: Flow,
         decider: Decider,
         hypervisor: Hypervisor,
-        forges: Mapping[str, Forge],
         host: Host,
         limits: Limits,
         metrics: Metrics,
@@ -90,8 +88,6 @@ class Scheduler:
         self._lives: dict[str, Live] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._reaper = Reaper(hypervisor, service=host.name)
-        self._stranded = Stranded(store, forges, self.observe)
-        self._asking: asyncio.Task[None] | None = None
         self._orphans: set[str] = set()
         self._looked_again = 0.0
         self._forgot = 0.0
@@ -181,8 +177,6 @@ class Scheduler:
     async def stop(self) -> None:
         """End all tasks; VMs and registrations stay as they are, the rows tell how to go on."""
         tasks, lives = list(self._tasks.values()), list(self._lives.values())
-        if self._asking is not None:
-            tasks.append(self._asking)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -237,6 +231,8 @@ class Scheduler:
             self._metrics.events.labels(outcome).inc(count)
         for state, count in decision.entered.items():
             self._metrics.jobs.labels(state).inc(count)
+        for via, count in decision.found.items():
+            self._metrics.found.labels(via).inc(count)
         for reason in decision.reasons:
             self._metrics.reasons.labels(reason).inc()
         self._metrics.vms.set(self.vms)
@@ -264,10 +260,6 @@ class Scheduler:
         self._orphans |= {vm.id for vm in await self._hypervisor.adopt()}
         await self._reaper.sweep({runner.id for runner in mine} | set(self._lives), self._orphans, now)
         self._metrics.rss.set(resident_bytes())
-        # Beside the passes: a slow forge must not hold up the next decision.
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._stranded.ask(now), name="stranded")
-            self._asking.add_done_callback(_tell_failure)
 
     async def _renew(self) -> list[Runner]:
         """Say that this host lives, and keep or take the leases of its runners."""
@@ -428,11 +420,6 @@ class Scheduler:
             else:
                 mine = found is not None and found.lease_owner == self._host.name and found.state != "gone"
                 return found if mine else None
-
-
-def _tell_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.error("stranded_failed", error=str(task.exception()))
 
 
 def resident_bytes() -> int:

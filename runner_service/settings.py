@@ -42,6 +42,9 @@ _LEAST = {
 }  # fmt: skip
 
 
+_POLL_S = {"webhook": 60.0, "poll": 15.0}
+
+
 class SettingsError(Exception):
     """A setting is unknown, ill-typed or impossible; the message names where it stands and what is allowed."""
 
@@ -93,6 +96,9 @@ class GitHubSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``repositories`` are patterns such as ``owner/*``; empty means every repository that sends signed events.
     ``server_url`` is the address at which jobs see it (their GITHUB_SERVER_URL), when ``base_url`` does not tell.
+    ``ingress`` is how jobs are heard of: by webhooks, or, where nothing comes in from outside, by polls alone. Every
+    ``poll_s`` seconds repositories in use are looked at in any case (by default 60, with ``ingress = "poll"`` 15; 0:
+    never), because events get lost.
     ``apps`` are further Apps or tokens of the same GitHub, each for repositories of its own.
     """
 
@@ -109,7 +115,14 @@ class GitHubSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     register_at: Literal["repository", "organization"] = "repository"
     runner_group_id: int = 1
     timeout_s: float = 10.0
+    ingress: Literal["webhook", "poll"] = "webhook"
+    poll_s: float | None = None
     apps: tuple[GitHubApp, ...] = ()
+
+    @property
+    def poll_every(self) -> float:
+        """Seconds between two looks at a repository in use; 0: there are none."""
+        return _POLL_S[self.ingress] if self.poll_s is None else self.poll_s
 
     @property
     def credentials(self) -> tuple[GitHubApp, ...]:
@@ -507,6 +520,8 @@ def _check_github(github: GitHubSettings, origin: str) -> None:
     for key, url in (("base_url", github.base_url), ("server_url", github.server_url or github.base_url)):
         if not url.startswith(("https://", "http://")):
             raise SettingsError(f"{where} {key}: must start with https://, not '{url}'")
+    if github.ingress == "poll" and not github.poll_every:
+        raise SettingsError(f'{where} poll_s: with ingress = "poll" nothing else finds jobs; it cannot be 0')
     for number, app in enumerate(github.apps, 1):
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", app.name) or app.name == "github":
             raise SettingsError(

@@ -142,6 +142,27 @@ class Metrics:
         self.bakes_under_way = Gauge(
             "microvm_bakes_under_way", "Bakes by state.", ["state"], registry=self.registry
         )
+        self.polls = Counter(
+            "microvm_polls",
+            "Looks at repositories for jobs without events and questions about single jobs, by outcome.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.found = Counter(
+            "microvm_jobs_found", "New jobs, by how they were learned of: a delivery, a poll, or asking.", ["via"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.redeliveries = Counter(
+            "microvm_redeliveries", "Lost deliveries, by what came of asking for them again.", ["outcome"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.owners = Names()
+        self.poll_interval = self._gauge(
+            "microvm_poll_interval_seconds", "Every how long repositories in use are looked at.", ["owner"]
+        )
+        self.rate_limit = self._gauge(
+            "microvm_rate_limit_remaining", "Calls the forge still takes within the hour.", ["owner"]
+        )
         self._repositories = Names()
         self._templates = Names()
         live, ended = ["template"], ["repository"]

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from runner_service.domain import Ending, Host, Job, Runner, TimelineRow
+from runner_service.doubts import Unfinished
 from runner_service.store.rows import as_struct, chunks, columns, insert_into
 from runner_service.store.schema import (
     bakes,
@@ -214,16 +215,31 @@ async def aged_jobs(
     return [as_struct(row, Job) for row in await db.execute(query)]
 
 
-async def stranded_jobs(db: AsyncConnection, limit: int) -> list[Job]:
-    """Jobs in progress whose runner is gone: we should have heard of their end."""
+async def stranded_jobs(db: AsyncConnection, forge: str, limit: int) -> list[tuple[str, str]]:
+    """Jobs (id, owner) in progress on a runner that is gone, or none of ours: nothing here will tell their end."""
     query = (
-        sa.select(*_JOB)
-        .join(runners, runners.c.id == jobs.c.runner_id)
-        .where(jobs.c.state == "in_progress", runners.c.state == "gone")
+        sa.select(jobs.c.id, jobs.c.owner)
+        .outerjoin(runners, runners.c.id == jobs.c.runner_id)
+        .where(
+            jobs.c.state == "in_progress",
+            jobs.c.forge == forge,
+            sa.or_(runners.c.id.is_(None), runners.c.state == "gone"),
+        )
         .order_by(jobs.c.updated_at)
         .limit(limit)
     )
-    return [as_struct(row, Job) for row in await db.execute(query)]
+    return [(row[0], row[1]) for row in await db.execute(query)]
+
+
+async def unfinished_jobs(db: AsyncConnection, forge: str, owner: str, repo: str) -> list[Unfinished]:
+    """The jobs of a repository (names in any case) that no runner has taken yet, as far as the books know."""
+    query = sa.select(jobs.c.id, jobs.c.state, jobs.c.event_at).where(
+        jobs.c.state.in_(("queued", "waiting")),
+        jobs.c.forge == forge,
+        sa.func.lower(jobs.c.owner) == owner.lower(),
+        sa.func.lower(jobs.c.repo) == repo.lower(),
+    )
+    return [Unfinished(row[0], row[1], row[2]) for row in await db.execute(query)]
 
 
 # ── runners ──────────────────────────────────────────────────────────────────────────────────────

@@ -14,6 +14,8 @@ import msgspec
 
 from github_webhook.errors import Conflict, ForgeError, Unavailable
 from runner_service.domain import JobEvent, JobState, Registration, RemoteRunner, Scope
+from runner_service.poll_plan import Allowance
+from runner_service.ports import Listed
 from tests.standins.engine import FakeMachine, Gate, Write
 
 
@@ -50,7 +52,11 @@ class ForgeRunner(msgspec.Struct):
 
 
 class FakeForge:
-    """``gate`` hears of every call, before and after its effect, and may raise; ``faults`` are answers per call."""
+    """``gate`` hears of every call, before and after its effect, and may raise; ``faults`` are answers per call.
+
+    ``in_reach`` are the repositories the credentials reach, ``unlisted`` jobs that listings leave out, ``delays`` are
+    seconds per call.
+    """
 
     def __init__(self, emit: Callable[[JobEvent], None], name: str = "github") -> None:
         self.name = name
@@ -63,6 +69,12 @@ class FakeForge:
         self.delay = 0.0
         # False: a job whose VM died goes on in the books until ``lose``, as it does for minutes at GitHub.
         self.sees_lost_runners = True
+        self.delays: dict[str, float] = {}
+        self.in_reach: list[tuple[str, str]] = []
+        self.unlisted: set[str] = set()
+        self.allowances: dict[str, Allowance] = {}
+        self.looks: list[str] = []
+        self.asked: list[str] = []
         self._numbers = itertools.count(1)
         self._changed = asyncio.Event()
 
@@ -244,9 +256,33 @@ class FakeClient:
 
     async def job(self, scope: Scope, forge_job_id: str, *, owner: str, repo: str) -> JobEvent | None:
         await self._begin("job")
+        self._forge.asked.append(forge_job_id)
         found = self._forge.jobs.get(forge_job_id)
-        return (
-            None if found is None or (found.owner, found.repo) != (owner, repo) else self._forge.event(found)
+        if found is None or (found.owner, found.repo) != (owner, repo):
+            return None
+        return msgspec.structs.replace(self._forge.event(found), via="asked")
+
+    # ── what can be listed ───────────────────────────────────────────────────────────────────────
+
+    async def owners(self) -> list[str]:
+        await self._begin("owners")
+        return sorted({owner for owner, _ in self._forge.in_reach})
+
+    async def repositories(self, owner: str) -> list[tuple[str, str]]:
+        await self._begin(f"repositories {owner}")
+        return [one for one in self._forge.in_reach if one[0] == owner]
+
+    async def untaken(self, owner: str, repo: str, *, after: int) -> Listed:
+        await self._begin(f"untaken {owner}")
+        await self._begin(f"untaken {owner}/{repo}")
+        self._forge.looks.append(f"{owner}/{repo}")
+        found = (job for job in self._forge.jobs.values() if (job.owner, job.repo) == (owner, repo))
+        return Listed(
+            tuple(
+                msgspec.structs.replace(self._forge.event(job), via="poll")
+                for job in found
+                if job.state in ("queued", "waiting") and job.id not in self._forge.unlisted
+            )
         )
 
     async def rerun(
@@ -264,13 +300,16 @@ class FakeClient:
         self._end("rerun")
         return "asked"
 
+    def allowance(self, owner: str) -> Allowance | None:
+        return self._forge.allowances.get(owner)
+
     def _remove(self, runner: ForgeRunner) -> None:
         self._forge.runners.pop(runner.id, None)
         self._forge._wake()
 
     async def _begin(self, call: str) -> None:
         self._gate(f"before {call}")
-        await asyncio.sleep(self._forge.delay)
+        await asyncio.sleep(self._forge.delays.get(call, self._forge.delay))
         queue = self._forge.faults.get(call)
         if queue:
             raise queue.pop(0)

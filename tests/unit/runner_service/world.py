@@ -21,6 +21,7 @@ from runner_service.flow import Flow
 from runner_service.frozen import Freezer
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
+from runner_service.polling import Poller
 from runner_service.repositories import Origin
 from runner_service.reruns import Reruns
 from runner_service.scheduler import Scheduler
@@ -91,6 +92,9 @@ class World:
         self.host.programs["Runner.Listener"] = self.forge.program
         self.outbox: list[JobEvent | Push] = []
         self.deliver_now = True
+        # Every how many seconds repositories are looked at (0: never), and those known without an event.
+        self.poll_s = 0.0
+        self.named: tuple[tuple[str, str], ...] = ()
         self.mangle: Callable[[JobEvent], list[JobEvent]] = lambda event: [event]
         self.held: Callable[[Job], Held | None] = lambda _job: None
         self.kill_at: int | None = None
@@ -325,7 +329,6 @@ class Service:
             flow=flow,
             decider=decider,
             hypervisor=self.engine,
-            forges=forges,
             host=Host("host-1", world.runners.max_vms, 16384),
             limits=limits,
             metrics=self.metrics,
@@ -333,6 +336,19 @@ class Service:
             prune_logs=self.logs.prune,
             moved=self.planner.wake if self.planner is not None else lambda: None,
             failed=self.reruns.wake,
+            tick=0.1,
+        )
+        client = forges["github"]
+        self.poller = Poller(
+            store=self.store,
+            name="github",
+            forge=client,
+            listings=client,
+            allowed=lambda _owner, _repo: True,
+            observe=self._observe,
+            metrics=self.metrics,
+            every=world.poll_s,
+            named=world.named,
             tick=0.1,
         )
         self.inbox = StoreInbox(self.store, "github", self.scheduler.wake)
@@ -350,6 +366,7 @@ class Service:
         self._tasks.append(asyncio.create_task(self.freezer.run()))
         self._tasks.append(asyncio.create_task(self.scheduler.run()))
         self._tasks.append(asyncio.create_task(self.reruns.run()))
+        self._tasks.append(asyncio.create_task(self.poller.run()))
         if self.bakes is not None and self.planner is not None:
             await self.bakes.start()
             self._tasks += [asyncio.create_task(self.bakes.run()), asyncio.create_task(self.planner.run())]
