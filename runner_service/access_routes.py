@@ -18,11 +18,11 @@ from runner_service.tokens import NewToken, Token, TokenError
 
 
 class TokenOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The token to make; without ``days`` it lasts ``tokens.DAYS``, with null for ever."""
+    """The token to make; it lasts ``days``, with 0 for ever."""
 
     name: Annotated[str, msgspec.Meta(pattern=tokens.NAME, max_length=64)]
     scope: tokens.Scope
-    days: Annotated[float, msgspec.Meta(gt=0, le=tokens.MOST_DAYS)] | None = tokens.DAYS
+    days: Annotated[float, msgspec.Meta(ge=0, le=tokens.MOST_DAYS)] = tokens.DAYS
 
 
 class ConflictException(HTTPException):
@@ -41,7 +41,7 @@ def access_routes(store: Store) -> list[Any]:
         by = await who(request)
         try:
             made = await store.write(
-                lambda db: tokens.create(db, name=data.name, scope=data.scope, days=data.days, who=by)
+                lambda db: tokens.create(db, name=data.name, scope=data.scope, days=data.days or None, who=by)
             )
         except TokenError as error:
             raise ConflictException(str(error)) from None

@@ -22,20 +22,21 @@ from litestar import Litestar, MediaType, Response, Router, get, post
 from litestar.config.app import AppConfig
 from litestar.exceptions import HTTPException, NotFoundException
 from litestar.handlers import HTTPRouteHandler
-from litestar.openapi import OpenAPIConfig
+from litestar.openapi import OpenAPIConfig, ResponseSpec
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.params import FromPath, FromQuery, PathParameter, QueryParameter
 from litestar.response import Stream
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from sqlalchemy.exc import DataError
 
 from runner_service import audit, views
 from runner_service.access import Failures, Gate, who
 from runner_service.access_routes import access_routes
 from runner_service.domain import WRITES_LOG, Bake
 from runner_service.joblog import JobLogs
-from runner_service.problems import Document, WebRequest, http_problem, unexpected, vmm_problem
+from runner_service.problems import Document, WebRequest, data_problem, http_problem, unexpected, vmm_problem
 from runner_service.store import bake_queries as bq
 from runner_service.store import job_search
 from runner_service.store import queries as q
@@ -49,7 +50,7 @@ _BEFORE_RUNNER = 5.0
 _BEFORE_ADOPTION = 1.0
 # Logs come from guests: no browser may take them for anything but text.
 _PLAIN = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
-_OPEN: dict[str, Any] = {"opt": {"access": "open"}, "security": []}
+_OPEN: dict[str, Any] = {"opt": {"access": "open"}, "security": [{}]}
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -116,11 +117,16 @@ class Api:
             route_handlers=[
                 *self._routes(),
                 *access_routes(self.store),
-                Router("/", route_handlers=routers, opt={"access": "open"}, security=[]),
+                Router("/", route_handlers=routers, opt={"access": "open"}, security=[{}]),
             ],
             guards=[self.gate],
             on_app_init=[_log_requests],
-            exception_handlers={HTTPException: http_problem, VmmError: vmm_problem, Exception: unexpected},
+            exception_handlers={
+                HTTPException: http_problem,
+                VmmError: vmm_problem,
+                DataError: data_problem,
+                Exception: unexpected,
+            },
             openapi_config=OpenAPIConfig(
                 title="microvm runner service",
                 version="1",
@@ -135,7 +141,7 @@ class Api:
         )
 
     def _routes(self) -> list[Any]:
-        @get("/readyz")
+        @get("/readyz", responses={503: ResponseSpec(Readiness, description="Not ready, and why.")})
         async def readyz() -> Response[Readiness]:
             readiness = await self.readiness()
             return Response(readiness, status_code=200 if readiness.ready else 503)

@@ -8,6 +8,7 @@ from litestar import Request, Response
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.openapi.plugins import JsonRenderPlugin
+from sqlalchemy.exc import DataError
 
 from github_webhook.receiver import problem
 from vmm_core.errors import UnknownVm, VmmError
@@ -49,6 +50,14 @@ def http_problem(_: WebRequest, error: HTTPException) -> Response[bytes]:
     return answer
 
 
+def data_problem(_: WebRequest, error: DataError) -> Response[bytes]:
+    """PostgreSQL holds no NUL in a text, and no number beyond its kind: nothing of that name can be there."""
+    del error  # its text holds the statement
+    return problem(
+        400, "unusable_value", "Unusable value", "a parameter holds what no name or number here can"
+    )
+
+
 def vmm_problem(_: WebRequest, error: VmmError) -> Response[bytes]:
     status = 404 if isinstance(error, UnknownVm) else 500
     return problem(status, error.code, type(error).__name__, str(error))
@@ -79,12 +88,18 @@ def with_problems(document: dict[str, Any]) -> dict[str, Any]:
     for item in copy["paths"].values():
         for operation in item.values():
             _add_problems(operation)
+            for media in operation.get("requestBody", {}).get("content", {}).values():
+                # Every body here is a struct that takes no other fields, which Litestar does not tell.
+                name = media["schema"].get("$ref", "").rpartition("/")[2]
+                copy["components"]["schemas"].get(name, {})["additionalProperties"] = False
     return copy
 
 
 def _add_problems(operation: dict[str, Any]) -> None:
     responses: dict[str, Any] = operation["responses"]
-    open_to_all = operation.get("security") == []
+    open_to_all = {} in operation.get("security", ())
+    if open_to_all:
+        operation["security"] = []
     for status, why in _ANY.items():
         if not open_to_all or status in _OPEN:
             responses.setdefault(status, {"description": why})

@@ -27,7 +27,7 @@ async def create(
     """Print the token alone to stdout, so that it can go into a file."""
     wanted = cast("Scope", scope)
     if api is not None:
-        order = {"name": name, "scope": scope, "days": days}
+        order = {"name": name, "scope": scope, "days": days or 0}
         made = await _ask(settings, api, "POST", "/tokens", NewToken, json=order)
     else:
         async with _database(settings) as store:

@@ -193,7 +193,8 @@ def sent(token: str) -> dict[str, str]:
 
 
 ROUTES: list[tuple[str, str, Scope]] = [
-    ("GET", "/jobs", "read"), ("GET", "/jobs/x", "read"), ("GET", "/why?job=x", "read"), ("GET", "/jobs/x/log", "read"), ("GET", "/vms", "read"),
+    ("GET", "/jobs", "read"), ("GET", "/jobs/x", "read"), ("GET", "/why?job=x", "read"),
+    ("GET", "/jobs/x/log", "read"), ("GET", "/vms", "read"),
     ("GET", "/bakes", "read"), ("GET", "/metrics", "read"), ("GET", "/readyz", "read"),
     ("GET", "/schema/openapi.json", "read"), ("POST", "/vms/x/kill", "operate"), ("GET", "/tokens", "admin"),
     ("POST", "/tokens", "admin"), ("DELETE", "/tokens/x", "admin"), ("GET", "/audit", "admin"),
@@ -301,7 +302,7 @@ async def test_tokens_are_made_listed_and_revoked_over_the_api(tmp_path: Path) -
         assert made.json()["expires_at"] == pytest.approx(time.time() + 7 * 86400, abs=60)
         assert (await http.post("/tokens", json=order, headers=boss)).status_code == 409
         for bad in ({"name": "a b", "scope": "read"}, {"name": "a", "scope": "root"}, {"name": "a"},
-                    {"name": "a", "scope": "read", "days": 0}, {"name": "a", "scope": "read", "day": 1}):  # fmt: skip
+                    {"name": "a", "scope": "read", "days": -1}, {"name": "a", "scope": "read", "day": 1}):  # fmt: skip
             assert (await http.post("/tokens", json=bad, headers=boss)).status_code == 400, bad
         assert (await http.get("/vms", headers=sent(token))).status_code == 200
         listed = await http.get("/tokens", headers=boss)
