@@ -34,6 +34,7 @@ from github_webhook.rest import Answer, Limit, Method, Rest, path
 PER_PAGE = 100
 MAX_PAGES = 50
 MAX_LABELS = 100
+MAX_LISTED = 10
 MAX_RUNS = 200
 """Runs that one look at a repository goes into."""
 
@@ -304,6 +305,19 @@ class GitHub:
             if len(page.runners) < PER_PAGE:
                 break
         return None
+
+    async def runners(self, scope: Scope) -> tuple[list[RemoteRunner], bool]:
+        """The runners of a scope, and whether these are all: at most ``MAX_LISTED`` pages are read."""
+        found: list[RemoteRunner] = []
+        number = 0
+        async for page in self._pages(f"{scope.path}/actions/runners", scope, _runners, {}):
+            number += 1
+            found += [runner.public() for runner in page.runners]
+            if len(page.runners) < PER_PAGE:
+                return found, True
+            if number == MAX_LISTED:
+                break
+        return found, False
 
     async def get_runner(self, scope: Scope, runner_id: int) -> RemoteRunner | None:
         """The runner, or None when GitHub knows it no more (an ephemeral one goes with its job)."""

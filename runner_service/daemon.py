@@ -46,6 +46,7 @@ from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
 from runner_service.polling import Poller
 from runner_service.ports import Forge
+from runner_service.registrations import Registrations
 from runner_service.repositories import Mirrors, OriginOf, permitted_by
 from runner_service.reruns import Reruns
 from runner_service.scheduler import Scheduler
@@ -208,6 +209,13 @@ class Service:
             moved=self._planner.wake if self._planner is not None else lambda: None,
             failed=self._reruns.wake,
         )
+        self._registrations = Registrations(
+            store=store,
+            forges=self._forges,
+            host=settings.service.name,
+            lose=self.scheduler.lose,
+            observe=self._observe,
+        )
         # What was held back goes on at once when its calls get through again.
         circuits.changed = self.scheduler.wake
 
@@ -263,6 +271,7 @@ class Service:
             await self.scheduler.start()
             self._recovered = True
             working.append(asyncio.create_task(self.scheduler.run(), name="scheduler"))
+            working.append(asyncio.create_task(self._registrations.run(), name="registrations"))
             if self._probes is not None:
                 working.append(asyncio.create_task(self._probes.run(), name="probes"))
             working.append(asyncio.create_task(self._reruns.run(), name="reruns"))

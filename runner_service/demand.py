@@ -30,7 +30,7 @@ def balance(queued: Mapping[str, int], runners: Iterable[Runner]) -> dict[str, i
 
 def surplus(runners: Iterable[Runner], group: str, count: int, queued_jobs: frozenset[str]) -> list[Runner]:
     """The ``count`` runners of ``group`` to give up: made for no queued job first, least advanced first."""
-    mine = [r for r in runners if r.covers and r.group_key == group]
+    mine = [r for r in runners if r.covers and r.group_key == group and r.state in _GIVE_UP_ORDER]
     mine.sort(key=lambda r: (r.job_id in queued_jobs, _GIVE_UP_ORDER[r.state], -r.created_at, r.id))
     return mine[:count]
 

@@ -168,9 +168,10 @@ class Runner(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def covers(self) -> bool:
-        """Whether it may still take a queued job of its group."""
+        """Whether it may still take a queued job of its group, or took one already that no event named yet."""
+        took_one = self.state == "busy" and self.job_id is not None and self.job_done_at is None
         return (
-            self.state in STARTING_OR_IDLE
+            (self.state in STARTING_OR_IDLE or took_one)
             and self.serving_job_id is None
             and self.cancelled_at is None
             and self.killed_at is None
@@ -350,6 +351,13 @@ class RemoteRunner(msgspec.Struct, frozen=True):
     name: str
     online: bool
     busy: bool
+
+
+class Listing(msgspec.Struct, frozen=True):
+    """The registrations of a scope; ``complete``: there are no others."""
+
+    runners: tuple[RemoteRunner, ...]
+    complete: bool
 
 
 class Registration(msgspec.Struct, frozen=True):

@@ -60,7 +60,9 @@ def facts(runner: Runner, live: Live, now: float) -> Goto | None:
         tail = f"; console: {last_words(live.ended.console_tail, 300)}" if live.ended.console_tail else ""
         how = (live.ended.reason or live.ended.kind).rstrip(".")
         return Goto("retiring", f"the VM ended: {how}{tail}", "vm_died")
-    if live.lost is not None:
+    # A job that runs shows that its registration was there: only its own end tells more.
+    served = runner.state == "busy" or runner.serving_job_id is not None
+    if live.lost is not None and not (served and live.lost_code == "registration_gone"):
         return Goto("retiring", live.lost, live.lost_code)
     if runner.cancelled_at is not None and runner.serving_job_id is None and runner.state != "busy":
         return Goto("retiring", "no job needs it any more", "cancelled")

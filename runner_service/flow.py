@@ -27,7 +27,7 @@ from typing import TypeVar
 
 import structlog
 
-from github_webhook.errors import ForgeError, Unavailable
+from github_webhook.errors import ForgeError, NotFound, Unavailable
 from runner_service.domain import (
     Answer,
     Done,
@@ -57,6 +57,7 @@ T = TypeVar("T")
 _REGISTER_PAUSES = (0.25, 1.0, 3.0)
 _LOOK_EVERY = (2.0, 5.0, 10.0, 15.0)
 _BUSY_EVERY = 15.0
+_UNNAMED_SECONDS = 10.0
 _RETRY_EVERY = 5.0
 _ENDING_SECONDS = 5.0
 
@@ -315,8 +316,12 @@ class Flow:
         remote_id = runner.remote_id
         if waited >= _LOOK_EVERY[0] and remote_id is not None:
             remote = await self._ask(runner, live, lambda: self._forge(runner).look(runner.scope, remote_id))
+            if remote is not None and remote.online and remote.busy:
+                # Its event may be late, and until then its job looks like one that nobody took.
+                await self._refresh_job(runner, live)
+                return Goto("busy", "the forge shows it online and busy")
             if remote is not None and remote.online:
-                return Goto("busy" if remote.busy else "idle", "the forge shows it online")
+                return Goto("idle", "the forge shows it online")
         pause = _LOOK_EVERY[min(live.looks, len(_LOOK_EVERY) - 1)]
         live.looks += 1
         return Wait(self.clock() + pause, "the runner to come online")
@@ -336,7 +341,20 @@ class Flow:
             if self.clock() >= until:
                 return Goto("retiring", "the job is completed", "completed")
             return Wait(until, "the runner to exit after its job")
+        if runner.serving_job_id is None and runner.job_id is not None:
+            return await self._unnamed(runner, live)
         return Wait(runner.deadline, "the job to end")
+
+    async def _unnamed(self, runner: Runner, live: Live) -> Answer:
+        """Busy by the forge's word, and no event named its job yet: asked for, until it is known whose it is not."""
+        event = await self._refresh_job(runner, live)
+        settled = self.clock() - runner.state_at >= _UNNAMED_SECONDS
+        if event is not None and settled and event.runner_name != runner.id:
+            # It took a job we know nothing of: the one it was made for needs another runner.
+            live.changes["job_id"] = None
+            live.note(runner, self.clock(), "runner taken", f"runner {runner.id} serves a job nobody told of")
+            return Wait(runner.deadline, "the job to end")
+        return Wait(min(self.clock() + _UNNAMED_SECONDS, runner.deadline), "the job to end")
 
     async def _exited(self, runner: Runner, live: Live) -> Answer:
         """The process is over. What the forge knows by now about the job is asked for, since its events may be late."""
@@ -378,7 +396,7 @@ class Flow:
                 live.changes |= {"cancelled_at": None}
                 await self._refresh_job(runner, live)
                 return Goto("busy", "the forge says that a job runs on it")
-            if runner.code == "late_idle" and answer != "failed":
+            if runner.code in ("late_idle", "registration_gone") and answer != "failed":
                 # Nobody wanted it: perhaps its job was over long ago and no event told us.
                 await self._refresh_job(runner, live)
             if answer == "failed":
@@ -448,6 +466,12 @@ class Flow:
                 remote_id = live.changes["remote_id"] = remote.remote_id
             answer = await forge.deregister(runner.scope, remote_id)
         except ForgeError as error:
+            if type(error) is NotFound:
+                live.changes["deregistered"] = True
+                live.note(
+                    runner, self.clock(), "deregistered", f"the forge knows no {runner.scope_path} (any more)"
+                )
+                return "gone"
             if live.said != str(error):
                 live.said = str(error)
                 live.note(runner, self.clock(), "deregister again", str(error), "the forge")

@@ -19,6 +19,7 @@ from runner_service.domain import (
     Ignored,
     JobEvent,
     JobState,
+    Listing,
     Push,
     Registration,
     RemoteRunner,
@@ -65,6 +66,11 @@ class GitHubForge:
 
     async def look(self, scope: Scope, remote_id: str) -> RemoteRunner | None:
         return _remote(await self._client.get_runner(_scope(scope), int(remote_id)))
+
+    async def registrations(self, scope: Scope) -> Listing:
+        """Everything registered in the scope, as far as a bounded number of pages goes."""
+        found, complete = await self._client.runners(_scope(scope))
+        return Listing(tuple(_shown(runner) for runner in found), complete)
 
     async def deregister(self, scope: Scope, remote_id: str) -> Literal["deleted", "gone", "busy"]:
         return await self._client.delete_runner(_scope(scope), int(remote_id))
@@ -207,7 +213,11 @@ def _scope(scope: Scope) -> GitHubScope:
 
 
 def _remote(runner: github.RemoteRunner | None) -> RemoteRunner | None:
-    return None if runner is None else RemoteRunner(str(runner.id), runner.name, runner.online, runner.busy)
+    return None if runner is None else _shown(runner)
+
+
+def _shown(runner: github.RemoteRunner) -> RemoteRunner:
+    return RemoteRunner(str(runner.id), runner.name, runner.online, runner.busy)
 
 
 def job_event(job: github.RemoteJob, owner: str, repo: str, now: float, *, via: Via) -> JobEvent:

@@ -241,6 +241,7 @@ def _swap(books: Books, job: Job, thief: Runner, at: float) -> None:
 def _completed(books: Books, job: Job, event: JobEvent) -> None:
     runner = books.runners.get(event.runner_name or job.runner_id or "")
     conclusion = event.conclusion or "no conclusion"
+    conclusion += f": {event.note}" if event.note else ""
     if runner is None:
         _elsewhere(books, job, event, "completed", f"{conclusion} ")
         return

@@ -5,7 +5,16 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from runner_service.domain import JobEvent, Parent, Registration, RemoteRunner, Repository, Scope, Template
+from runner_service.domain import (
+    JobEvent,
+    Listing,
+    Parent,
+    Registration,
+    RemoteRunner,
+    Repository,
+    Scope,
+    Template,
+)
 from runner_service.poll_plan import Allowance
 from vmm_core.machine import EgressRule, ExecResult, ForkTimings, Frozen, GuestFile, Output, VmExit, VmRecord
 
@@ -169,6 +178,10 @@ class Forge(Protocol):
 
     async def look(self, scope: Scope, remote_id: str) -> RemoteRunner | None:
         """The registration of this id, or None when the forge knows it no more."""
+        ...
+
+    async def registrations(self, scope: Scope) -> Listing:
+        """All registrations of a scope. Raises NotFound when the forge knows no such scope."""
         ...
 
     async def deregister(self, scope: Scope, remote_id: str) -> Literal["deleted", "gone", "busy"]:

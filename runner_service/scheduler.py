@@ -104,6 +104,12 @@ class Scheduler:
         self._observed.append(event)
         self.wake()
 
+    def lose(self, runner_id: str, reason: str, code: str) -> None:
+        """Something that a runner of this process cannot do without is gone: it retires, unless it serves a job."""
+        live = self._lives.get(runner_id)
+        if live is not None:
+            live.lose(reason, code)
+
     async def kill(self, vm_id: str) -> None:
         """Operator's order: end this VM. Its runner, if any, is retired; raises UnknownVm when there is no such VM."""
         runner_id = await self._store.write(lambda db: q.kill_runner_of_vm(db, vm_id, self._clock()))

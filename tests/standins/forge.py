@@ -12,8 +12,8 @@ from typing import Literal
 
 import msgspec
 
-from github_webhook.errors import Conflict, ForgeError, Unavailable
-from runner_service.domain import JobEvent, JobState, Registration, RemoteRunner, Scope
+from github_webhook.errors import Conflict, ForgeError, NotFound, Unavailable
+from runner_service.domain import JobEvent, JobState, Listing, Registration, RemoteRunner, Scope
 from runner_service.poll_plan import Allowance
 from runner_service.ports import Listed
 from tests.standins.engine import FakeMachine, Gate, Write
@@ -66,6 +66,7 @@ class FakeForge:
         self.faults: dict[str, list[ForgeError]] = {}
         self.lost_answers: set[str] = set()
         self.registrations = 0
+        self.deleted: set[str] = set()
         self.delay = 0.0
         # False: a job whose VM died goes on in the books until ``lose``, as it does for minutes at GitHub.
         self.sees_lost_runners = True
@@ -219,6 +220,7 @@ class FakeClient:
 
     async def register(self, scope: Scope, *, name: str, labels: Sequence[str]) -> Registration:
         await self._begin("register")
+        self._known(scope)
         forge = self._forge
         left = next((r for r in forge.runners.values() if r.name == name), None)
         if left is not None:
@@ -235,6 +237,7 @@ class FakeClient:
 
     async def find(self, scope: Scope, name: str) -> RemoteRunner | None:
         await self._begin("find")
+        self._known(scope)
         found = next((r for r in self._forge.runners.values() if r.name == name and r.scope == scope), None)
         return None if found is None else _remote(found)
 
@@ -242,6 +245,15 @@ class FakeClient:
         await self._begin("look")
         found = self._forge.runners.get(remote_id)
         return None if found is None else _remote(found)
+
+    async def registrations(self, scope: Scope) -> Listing:
+        await self._begin("registrations")
+        self._known(scope)
+        return Listing(tuple(_remote(r) for r in self._forge.runners.values() if r.scope == scope), True)
+
+    def _known(self, scope: Scope) -> None:
+        if scope.path in self._forge.deleted:
+            raise NotFound(f"{scope.path}: 404 Not Found", status=404)
 
     async def deregister(self, scope: Scope, remote_id: str) -> Literal["deleted", "gone", "busy"]:
         await self._begin("deregister")

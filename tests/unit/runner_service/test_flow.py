@@ -8,6 +8,8 @@ import pytest
 
 from github_webhook.errors import Forbidden, RateLimited, Unavailable
 from runner_service.domain import Held
+from tests.standins.engine import FakeMachine, Write
+from tests.standins.forge import ForgeJob
 from tests.unit.runner_service.world import RUNNERS, World, until
 from vmm_core.errors import PoolFull
 from vmm_core.machine import VmExit
@@ -100,6 +102,51 @@ async def test_a_runner_that_ends_well_without_a_job_is_a_failed_one(tmp_path: P
         await world.until_quiet()
 
 
+async def test_a_runner_the_forge_shows_busy_covers_its_job_before_an_event_names_it(tmp_path: Path) -> None:
+    """Late events: the job looks untaken, and its runner does not listen any more."""
+    world = World(tmp_path)
+    listener = world.host.programs["Runner.Listener"]
+    world.host.programs["Runner.Listener"] = lambda machine, files, _write: listener(
+        machine, files, lambda _data: None
+    )
+    world.mangle = lambda event: [] if event.state == "in_progress" else [event]
+    world.forge.faults["job"] = [Unavailable("slow", retryable=True) for _ in range(3)]
+    async with world.running() as service:
+        job = world.forge.queue(seconds=4)
+        await world.until_quiet(20)
+        story = await service.story(job.id)
+    assert any("online and busy" in line.reason for line in story.timeline)
+    assert world.host.launches == 1 and len(story.runners) == 1, story.timeline
+
+
+async def test_a_runner_that_took_an_unknown_job_leaves_its_own_to_another(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    first = True
+
+    async def program(machine: FakeMachine, files: dict[str, bytes], write: Write) -> int:
+        """The first one is busy with something nobody ever tells of."""
+        nonlocal first
+        if not first:
+            return await listener(machine, files, write)
+        first = False
+        runner = world.forge.runners[files[".runner"].decode()]
+        stranger = ForgeJob("999", "o", "r", ("other",), state="in_progress", runner=runner.name)
+        world.forge.jobs["999"] = stranger
+        runner.online, runner.job = True, "999"
+        await until(lambda: job.runs, 30)
+        stranger.state, stranger.conclusion = "completed", "success"
+        del world.forge.runners[runner.id]
+        return 0
+
+    listener, world.host.programs["Runner.Listener"] = world.host.programs["Runner.Listener"], program
+    async with world.running() as service:
+        job = world.forge.queue()
+        await world.until_quiet(30)
+        story = await service.story(job.id)
+    assert job.runs == 1 and world.host.launches == 2
+    assert any(line.step == "runner taken" for line in story.timeline)
+
+
 async def test_a_job_cancelled_before_pick_up_releases_its_runner(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.host.fork_seconds = 0.1
@@ -121,8 +168,9 @@ async def test_a_forge_that_says_busy_is_believed(tmp_path: Path) -> None:
         # Every event about pick-up is lost: for us the runner is idle until its limit.
         world.runners = RUNNERS
         world.mangle = lambda event: [] if event.state == "in_progress" else [event]
-        job = world.forge.queue(seconds=1.0)
-        await until(lambda: job.runs)
+        job = world.forge.queue(seconds=2.0)
+        await until(lambda: job.runs, 20)
+        assert job.state == "in_progress"
         (runner,) = await service.runners()
         from runner_service.store import queries as q
 
