@@ -214,5 +214,6 @@ def _held(key: str, circuit: _Circuit) -> Held:
 def _refusal(circuit: _Circuit, now: float) -> ForgeError:
     error = circuit.error
     until = max(circuit.until, now + 1.0)
-    text = f"not called, next try in {until - now:.0f} s: {_reason(circuit)}"
+    # Without the seconds: who tells of it once more must not tell something new each time.
+    text = f"held back for now, not called: {circuit.reason}"
     return type(error)(text[:800], status=error.status, retryable=True, retry_at=until)

@@ -62,6 +62,7 @@ log = structlog.get_logger("daemon")
 
 _ROOM_BYTES = 1 << 30
 _PREWARM_SECONDS = 60.0
+_GREETING_SECONDS = 5.0
 
 
 async def serve(settings: Settings) -> None:
@@ -370,8 +371,9 @@ class Service:
             log.warning("prewarm_failed", error=str(error))
         if self._settings.github is not None:
             # Opens the connection (and its TLS session) that the first registration will use.
-            with contextlib.suppress(httpx.HTTPError):
-                await self._http.get(f"{api_base_url(self._settings.github.base_url)}/", timeout=5.0)
+            with contextlib.suppress(httpx.HTTPError, TimeoutError):
+                async with asyncio.timeout(_GREETING_SECONDS):
+                    await self._http.get(f"{api_base_url(self._settings.github.base_url)}/", timeout=5.0)
 
     def _forge_rules(self) -> dict[str, EgressRule]:
         github = self._settings.github

@@ -133,6 +133,9 @@ def _advance(job: Job, event: JobEvent, now: float) -> Job:
     event_at = event.seen_at if job.state == "waiting" and state == "queued" else job.event_at
     return msgspec.structs.replace(
         job,
+        # A renamed repository's events carry its new name; the forge leads calls for the old one there.
+        owner=event.owner,
+        repo=event.repo,
         state=state,
         event_at=event_at,
         updated_at=now,
@@ -241,7 +244,6 @@ def _swap(books: Books, job: Job, thief: Runner, at: float) -> None:
 def _completed(books: Books, job: Job, event: JobEvent) -> None:
     runner = books.runners.get(event.runner_name or job.runner_id or "")
     conclusion = event.conclusion or "no conclusion"
-    conclusion += f": {event.note}" if event.note else ""
     if runner is None:
         _elsewhere(books, job, event, "completed", f"{conclusion} ")
         return

@@ -215,5 +215,6 @@ def _closed(job: Job, place: Place, now: float) -> JobEvent:
         labels=job.labels,
         seen_at=now,
         conclusion="repository_gone",
+        via="asked",
         note=f"the forge knows no {place.scope.path} any more, or does not show it to these credentials",
     )

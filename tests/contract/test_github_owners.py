@@ -131,9 +131,12 @@ async def test_a_removed_installation_is_found_again_when_it_is_back(world: Worl
     assert type(await refusal(world, ACME)) is NotInstalled
     # Its event gets lost: the back-off finds out.
     world.forge.installation(world.apps["acme"], "created")
-    probes = Probes(world.github, Metrics(), clock=lambda: time.time() + world.now)
+    metrics = Metrics()
+    probes = Probes(world.github, metrics, clock=lambda: time.time() + world.now)
     before = world.calls()
     probes.look()
+    held = {"code": "forge_not_installed"}
+    assert metrics.registry.get_sample_value("microvm_forge_held", held) == 1
     await asyncio.sleep(0.1)
     assert world.calls() == before, "not before its time"
     world.now = 10.0
@@ -142,6 +145,8 @@ async def test_a_removed_installation_is_found_again_when_it_is_back(world: Worl
         while world.github.held(ACME) is not None:
             await asyncio.sleep(0.01)
     assert await register(world, ACME, "r2")
+    probes.look()
+    assert not metrics.registry.get_sample_value("microvm_forge_held", held)
 
 
 async def test_a_late_event_of_the_past_is_found_out(world: World) -> None:

@@ -47,7 +47,7 @@ def made() -> tuple[Circuits, Clock, list[int]]:
 def fail(circuits: Circuits, clock: Clock, *accounts: str, times: int = IN_A_ROW) -> None:
     for _ in range(times):
         for account in accounts:
-            circuits.failed(account, AWAY)
+            circuits.failed(account, AWAY, hint="somewhere")
         clock.now += 1.0
 
 
@@ -296,3 +296,15 @@ async def test_a_primary_limit_holds_every_call() -> None:
         await github.generate_jit_config(SLOW, name="r", labels=["x"])
     with pytest.raises(RateLimited, match="not called"):
         await github.get_runner(SLOW, 5)
+
+
+def test_what_nobody_can_probe_is_held_for_its_pause_only() -> None:
+    """An event that names no repository: the next job is the probe."""
+    circuits, clock, _ = made()
+    circuits.hold("a", Suspended("suspended"))
+    assert circuits.held("a") is not None
+    clock.now += FIRST_PAUSE
+    assert circuits.held("a") is None and refused(circuits, "a") is None
+    circuits.failed("a", Suspended("suspended"), hint="somewhere")
+    clock.now += LONGEST_PAUSE
+    assert circuits.held("a") is not None
