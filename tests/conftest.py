@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.standins import github_checked
+
 # A test may take what it takes on a busy machine: time is measured where it is the subject.
 settings.register_profile("microvm", deadline=None)
 settings.load_profile("microvm")
+github_checked.enforce()
 
 
 @pytest.fixture(scope="session")

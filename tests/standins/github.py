@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.standins import github_git
+from tests.standins.github_checked import Checks
 from tests.standins.github_control import Control
 from tests.standins.github_faults import Fault, Faults
 from tests.standins.github_http import HttpServer, Request, Response, answer
@@ -66,6 +67,7 @@ class StandinGitHub:
         self.rest.tokens[self.token] = Token(None, float("inf"))
         self.runner_api = RunnerApi(self.actions)
         self.calls: list[str] = []
+        self.checks = Checks()
         self._guest_url = guest_url
         self._server = HttpServer(self._handle, port=port)
         self._control = HttpServer(Control(self).handle)
@@ -104,6 +106,7 @@ class StandinGitHub:
         await self._control.stop()
         await self._server.stop()
         await self.webhooks.stop()
+        self.checks.fail_if_wrong()
 
     async def pause(self) -> None:
         """The server is away: no listener, every connection cut. State is kept."""
@@ -321,7 +324,21 @@ class StandinGitHub:
     async def _handle(self, request: Request) -> Response:
         self.calls.append(f"{request.method} {request.path}")
         del self.calls[:-5000]
-        return await self.faults.around(request, self._route)
+        path = self.rest.operation_path(request)
+        routed = False
+
+        async def route(asked: Request) -> Response:
+            nonlocal routed
+            routed = True
+            response = await self._route(asked)
+            self.checks.exchange(asked, path, response)
+            return response
+
+        try:
+            return await self.faults.around(request, route)
+        finally:
+            if not routed:
+                self.checks.request(request, path)
 
     async def _route(self, request: Request) -> Response:
         for part in (self.runner_api.handle, self.rest.handle, self._git):

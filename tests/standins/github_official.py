@@ -123,6 +123,13 @@ def _members(package: tuple[str, str], names: Sequence[str]) -> dict[str, Any]:
     raise RuntimeError(f"{package[0]} has no {sorted(set(names) - set(found))}")
 
 
+def openapi_if_kept(document: str = "api.github.com") -> dict[str, Any] | None:
+    """``openapi`` without fetching anything: None when nobody did yet."""
+    name, version = OPENAPI
+    kept = cache_dir() / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
+    return openapi(document) if kept.exists() else None
+
+
 @cache
 def openapi(document: str = "api.github.com") -> dict[str, Any]:
     """An OpenAPI document, cut down to ``PATHS`` and what they refer to. The cut copy is kept."""

@@ -113,7 +113,7 @@ class Rest:
 
     async def handle(self, request: Request) -> Response | None:
         """The answer, or None when no route of ours fits."""
-        path = self._by_number(request.path.removeprefix("/api/v3"))
+        path = self.operation_path(request)
         moved = self._moved(request, path)
         if moved is not None:
             return moved
@@ -126,6 +126,10 @@ class Rest:
             if method == request.method:
                 return await self._guarded(request, getattr(self, name), found.groupdict())
         return answer(405, _problem(405, "Method Not Allowed")) if known else None
+
+    def operation_path(self, request: Request) -> str:
+        """The path of a call as the documents know it: GHES has a prefix, renamed repositories a number."""
+        return self._by_number(request.path.removeprefix("/api/v3"))
 
     def _by_number(self, path: str) -> str:
         """``/repositories/ID/…`` is where renamed repositories are redirected to."""

@@ -43,17 +43,25 @@ class OpenApi:
         self, request: httpx.Request, status: int, headers: httpx.Headers, body: bytes
     ) -> list[str]:
         """Everything wrong with a request and its answer."""
+        wrong = self.check_request(request)
+        found = self._operation(request.method, request.url.path)
+        if found is not None:
+            operation, path, _ = found
+            answered = self._response(operation, status, headers, body)
+            wrong += [f"{request.method} {path}: {problem}" for problem in answered]
+        return wrong
+
+    def check_request(self, request: httpx.Request) -> list[str]:
+        """Everything wrong with a request."""
         found = self._operation(request.method, request.url.path)
         if found is None:
             return [f"{request.method} {request.url.path} is not an operation of the document"]
         operation, path, values = found
-        where = f"{request.method} {path}"
         wrong = [
             *self._parameters(operation, path, values, request),
             *self._request_body(operation, request),
-            *self._response(operation, status, headers, body),
         ]
-        return [f"{where}: {problem}" for problem in wrong]
+        return [f"{request.method} {path}: {problem}" for problem in wrong]
 
     def _operation(self, method: str, path: str) -> tuple[dict[str, Any], str, list[str]] | None:
         for known, pattern, template in self._operations:
