@@ -101,6 +101,7 @@ def _machine(template: images.Template) -> Template:
         runner_files=template.runner_files,
         allow=None if network.mode == "none" else network.allow,
         runner=template.runner,
+        vcpus=template.machine.vcpus,
     )
 
 

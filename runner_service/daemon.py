@@ -178,8 +178,8 @@ class Service:
             default_template=runners.default_template,
             extra_labels=runners.extra_labels,
             name_prefix=runners.name_prefix,
-            wanted_limit=runners.wanted_limit_s,
             fork_limit=runners.fork_limit_s,
+            limits=settings.limits,
         )
         scope_of = github_forge.scope_chooser(settings.github or GitHubSettings())
         decider = Decider(
@@ -188,7 +188,7 @@ class Service:
             scope_of=scope_of,
             templates=self._catalog.templates,
             parents=self._catalog.parents,
-            held=lambda job: forge.held(job.scope) if forge is not None else None,
+            held=lambda scope: forge.held(scope) if forge is not None else None,
         )
         self._reruns = Reruns(
             store=store,
@@ -196,13 +196,12 @@ class Service:
             patterns=runners.rerun_on_infra_failure,
             metrics=self._metrics,
         )
-        memory = runners.memory_mib or host_available_mib() * 8 // 10
         self.scheduler = Scheduler(
             store=store,
             flow=flow,
             decider=decider,
             hypervisor=engine,
-            host=Host(settings.service.name, runners.max_vms, memory),
+            host=_host(settings),
             limits=limits,
             metrics=self._metrics,
             keep_seconds=settings.service.keep_days * 86400,
@@ -447,6 +446,14 @@ def _mirrors(settings: Settings, origin: OriginOf) -> Mirrors:
         most_mib=bakes.mirror_mib,
         timeout=bakes.look_limit_s,
     )
+
+
+def _host(settings: Settings) -> Host:
+    """This host with what may be promised of it."""
+    runners, limits = settings.runners, settings.limits
+    memory = runners.memory_mib or host_available_mib() * 8 // 10
+    cpus = max(1, int((os.cpu_count() or 1) * limits.cpu_overcommit)) if limits.cpu_overcommit else 0
+    return Host(settings.service.name, runners.max_vms, int(memory * limits.memory_overcommit), cpus=cpus)
 
 
 def _http() -> httpx.AsyncClient:

@@ -161,6 +161,7 @@ class Runner(msgspec.Struct, frozen=True, kw_only=True):
     ended_at: float | None = None
     lease_owner: str | None = None
     lease_until: float | None = None
+    vcpus: int = 1
 
     @property
     def scope(self) -> Scope:
@@ -222,6 +223,7 @@ class Template(msgspec.Struct, frozen=True):
     runner_files: str | None = None
     allow: tuple[EgressRule, ...] | None = ()
     runner: str | None = None
+    vcpus: int = 1
 
 
 class Parent(msgspec.Struct, frozen=True, kw_only=True):
@@ -324,7 +326,10 @@ class Bake(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Host(msgspec.Struct, frozen=True):
-    """A machine that runs VMs, and how much of it is promised already."""
+    """A machine that runs VMs, and how much of it is promised already.
+
+    ``memory_mib`` and ``cpus`` are what may be promised; ``cpus`` 0: vCPUs are not counted.
+    """
 
     name: str
     max_vms: int
@@ -332,6 +337,8 @@ class Host(msgspec.Struct, frozen=True):
     vms: int = 0
     used_mib: int = 0
     draining: bool = False
+    cpus: int = 0
+    vcpus: int = 0
 
 
 class Held(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ class Limits(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, runners: Runners) -> "Limits":
         by_state: dict[RunnerState, float] = {
-            "wanted": runners.wanted_limit_s,
+            "wanted": 0.0,
             "forking": runners.fork_limit_s,
             "registering": runners.online_limit_s,
             "idle": runners.idle_limit_s,
@@ -43,7 +43,7 @@ class Limits(msgspec.Struct, frozen=True):
             "gone": 0.0,
         }
         # The engine ends the VM by itself after this, should the service never come back.
-        ttl = sum(by_state.values()) - runners.wanted_limit_s + runners.exit_grace_s
+        ttl = sum(by_state.values()) + runners.exit_grace_s
         return cls(by_state, runners.exit_grace_s, ttl)
 
 

@@ -87,8 +87,10 @@ def serve(books: Books, job: Job, choose: Choose, now: float) -> None:
         )
         return
     reason = chosen.reason if isinstance(chosen, Unservable) else "its labels are not ours"
-    if job.waits_for != reason:
-        books.put_job(msgspec.structs.replace(job, waits_for=reason, group_key=None, updated_at=now))
+    if job.waits_for != reason or job.template is not None:
+        books.put_job(
+            msgspec.structs.replace(job, waits_for=reason, template=None, group_key=None, updated_at=now)
+        )
         books.say(job, now, "not served", reason, "a template for its labels")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from runner_service.domain import Template
+from runner_service.domain import Scope, Template
 
 OURS = "microvm"
 COMPANIONS = ("self-hosted", "linux", "x64")
@@ -44,6 +44,26 @@ def registered_labels(labels: Sequence[str]) -> tuple[str, ...]:
 def group_key(forge: str, scope_key: str, template: str, labels: Sequence[str]) -> str:
     """One string for (forge, scope, label set, template): jobs and runners with the same key are alike."""
     return "|".join((forge, scope_key, template, ",".join(sorted({label.lower() for label in labels}))))
+
+
+class Group(msgspec.Struct, frozen=True):
+    """What a ``group_key`` says; the labels are in lower case."""
+
+    forge: str
+    scope_key: str
+    template: str
+    labels: tuple[str, ...]
+
+    @property
+    def scope(self) -> Scope:
+        kind, _, path = self.scope_key.partition(":")
+        return msgspec.convert({"kind": kind, "path": path}, Scope)
+
+
+def group_of(key: str) -> Group:
+    """The parts of a group's key. None of them but the last may hold its separator: forges allow no ``|`` in names."""
+    forge, scope_key, template, labels = key.split("|", 3)
+    return Group(forge, scope_key, template, tuple(labels.split(",")))
 
 
 def choose(

@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 
 from github_webhook.patterns import overlap
+from runner_service.limits import Limits, complaint
 from vmm_core.errors import BadRequest
 from vmm_core.machine import EgressRule, Network
 from vmm_core.network.egress import check_network
@@ -38,7 +39,8 @@ _NEAR_MISS = 0.65
 # The least that makes sense of a number, where it is not 1.
 _LEAST = {
     "memory_mib": 0, "keep_days": 0.01, "timeout_s": 0.1, "every_h": 0, "poll_s": 0, "budget_mib": 0,
-    "choice_limit_s": 0.05, "nice": 0, "retry_s": 0.1, "ttl_h": 0.001,
+    "choice_limit_s": 0.05, "nice": 0, "retry_s": 0.1, "ttl_h": 0.001, "per_owner": 0, "per_repository": 0,
+    "per_label": 0, "memory_overcommit": 0.1, "cpu_overcommit": 0,
 }  # fmt: skip
 
 
@@ -171,7 +173,6 @@ class Runners(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resolvers: tuple[str, ...] = ()
     name_prefix: str = "microvm"
     log_limit_mib: int = 64
-    wanted_limit_s: float = 86400.0
     fork_limit_s: float = 60.0
     online_limit_s: float = 180.0
     idle_limit_s: float = 300.0
@@ -239,6 +240,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runners: Runners = Runners()
     bakes: Bakes = Bakes()
     frozen: Frozen = Frozen()
+    limits: Limits = Limits()
     source: Path | None = None
     token_file: Path | None = None
 
@@ -358,6 +360,7 @@ def _sections() -> dict[str, type[msgspec.Struct]]:
         "runners": Runners,
         "bakes": Bakes,
         "frozen": Frozen,
+        "limits": Limits,
     }
 
 
@@ -420,6 +423,8 @@ def _parse(
     try:
         if get_origin(wanted) is Literal or wanted is str:
             return msgspec.convert(text, wanted)
+        if get_origin(wanted) is dict:
+            return msgspec.to_builtins(msgspec.json.decode(text, type=wanted))
         if table is not None:
             rules = msgspec.json.decode(text)
             _check_table_keys(rules, table, f"environment variable {name}")
@@ -465,6 +470,7 @@ def _check_values(settings: Settings, origin: str) -> None:
     for section, table in (
         ("service", service), ("runners", runners), ("github", github), ("bakes", settings.bakes),
         ("frozen", settings.frozen),
+        ("limits", settings.limits),
     ):  # fmt: skip
         if table is not None:
             _check_numbers(table, f"{origin}: [{section}]")
@@ -483,6 +489,8 @@ def _check_values(settings: Settings, origin: str) -> None:
     _check_patterns(settings.bakes.repositories, f"{origin}: [bakes]")
     _check_patterns(settings.frozen.repositories, f"{origin}: [frozen]")
     _check_patterns(runners.rerun_on_infra_failure, f"{origin}: [runners]", "rerun_on_infra_failure")
+    if (wrong := complaint(settings.limits)) is not None:
+        raise SettingsError(f"{origin}: [limits{wrong}")
     if settings.bakes.nice > 19:
         raise SettingsError(f"{origin}: [bakes] nice: at most 19, not {settings.bakes.nice}")
     if github is not None:

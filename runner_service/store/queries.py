@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from runner_service.domain import Ending, Host, Job, Runner, TimelineRow
 from runner_service.doubts import Unfinished
+from runner_service.store import queue_queries as queue
 from runner_service.store.rows import as_struct, chunks, columns, insert_into
 from runner_service.store.schema import (
     bakes,
@@ -168,37 +169,11 @@ def _save_job(dialect: str) -> sa.Executable:
     return insert.on_conflict_do_update(index_elements=["id"], set_=columns)
 
 
-async def queued_counts(db: AsyncConnection) -> dict[str, int]:
-    """Queued jobs per group; jobs that no template serves have no group and are not counted."""
-    return {row[0]: row[1] for row in await db.execute(_QUEUED_COUNTS)}
-
-
-_QUEUED_COUNTS = (
-    sa.select(jobs.c.group_key, sa.func.count())
-    .where(jobs.c.state == "queued", jobs.c.group_key.is_not(None))
-    .group_by(jobs.c.group_key)
-)
-
-
-async def queued_jobs(db: AsyncConnection, group: str, limit: int) -> list[Job]:
-    """The oldest queued jobs of a group."""
-    rows = await db.execute(_QUEUED_JOBS, {"group": group, "most": limit})
-    return [as_struct(row, Job) for row in rows]
-
-
-_QUEUED_JOBS = (
-    sa.select(*_JOB)
-    .where(jobs.c.state == "queued", jobs.c.group_key == sa.bindparam("group"))
-    .order_by(jobs.c.event_at, jobs.c.id)
-    .limit(sa.bindparam("most"))
-)
-
-
 async def unserved_jobs(db: AsyncConnection, limit: int) -> list[Job]:
     """Queued jobs of ours that no template served when they were last looked at; the newest of them."""
     query = (
         sa.select(*_JOB)
-        .where(jobs.c.state == "queued", jobs.c.group_key.is_(None))
+        .where(jobs.c.state == "queued", jobs.c.group_key.is_(None), jobs.c.template.is_(None))
         .order_by(jobs.c.event_at.desc())
         .limit(limit)
     )
@@ -208,8 +183,8 @@ async def unserved_jobs(db: AsyncConnection, limit: int) -> list[Job]:
 async def aged_jobs(
     db: AsyncConnection, *, queued_before: float, waiting_before: float, limit: int
 ) -> list[Job]:
-    """Jobs no runner was ever made for: queued before the one moment, or waiting since before the other."""
-    unserved = sa.and_(jobs.c.state == "queued", jobs.c.group_key.is_(None), jobs.c.event_at < queued_before)
+    """Jobs that were queued before the one moment, or have waited for an approval since before the other."""
+    unserved = sa.and_(jobs.c.state == "queued", jobs.c.event_at < queued_before)
     waiting = sa.and_(jobs.c.state == "waiting", jobs.c.event_at < waiting_before)
     query = sa.select(*_JOB).where(sa.or_(unserved, waiting)).order_by(jobs.c.event_at).limit(limit)
     return [as_struct(row, Job) for row in await db.execute(query)]
@@ -466,7 +441,7 @@ async def endings_of(db: AsyncConnection, runner_ids: Collection[str]) -> dict[s
 async def save_host(db: AsyncConnection, host: Host, now: float) -> None:
     values = {
         "name": host.name, "max_vms": host.max_vms, "memory_mib": host.memory_mib,
-        "draining": host.draining, "seen_at": now,
+        "draining": host.draining, "seen_at": now, "cpus": host.cpus,
     }  # fmt: skip
     insert = insert_into(db, hosts).values(**values)
     await db.execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
@@ -475,7 +450,7 @@ async def save_host(db: AsyncConnection, host: Host, now: float) -> None:
 async def live_hosts(db: AsyncConnection, seen_since: float) -> list[Host]:
     """Hosts heard of since ``seen_since``, without what is promised on them."""
     rows = await db.execute(_LIVE_HOSTS, {"since": seen_since})
-    return [Host(row.name, row.max_vms, row.memory_mib, draining=row.draining) for row in rows]
+    return [Host(row.name, row.max_vms, row.memory_mib, draining=row.draining, cpus=row.cpus) for row in rows]
 
 
 _LIVE_HOSTS = sa.select(hosts).where(hosts.c.seen_at >= sa.bindparam("since")).order_by(hosts.c.name)
@@ -518,8 +493,7 @@ async def warm_up(db: AsyncConnection) -> None:
     )  # fmt: skip
     await save_jobs(db, [job])
     await jobs_by_id(db, [name])
-    await queued_counts(db)
-    await queued_jobs(db, name, 1)
+    await queue.warm_up(db, job)
     one = Runner(
         id=name, forge=name, scope_kind="repository", scope_path="", labels=(name,), group_key=name, template="",
         memory_mib=0, state="forking", state_at=0.0, deadline=0.0, created_at=0.0, event_at=0.0, lease_owner=name,

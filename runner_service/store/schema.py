@@ -11,6 +11,11 @@ HEAD = "0004"
 
 metadata = sa.MetaData()
 
+# Literals, so that both databases see that a query's condition is that of the index. The columns that it fixes are in
+# the index all the same: without statistics SQLite prefers the index that has most of a condition's columns.
+HELD = sa.text("state = 'queued' AND group_key IS NULL AND template IS NOT NULL")
+FRUITLESS = sa.text("state = 'gone' AND serving_job_id IS NULL AND code IN ('runner_exited', 'late_idle')")
+
 jobs = sa.Table(
     "jobs",
     metadata,
@@ -41,7 +46,8 @@ jobs = sa.Table(
     sa.Column("started_at", sa.Double),
     sa.Column("completed_at", sa.Double),
     sa.UniqueConstraint("forge", "forge_job_id", name="uq_jobs_forge"),
-    sa.Index("ix_jobs_demand", "state", "group_key", "event_at"),
+    sa.Index("ix_jobs_demand", "state", "group_key", "owner", "repo", "event_at"),
+    sa.Index("ix_jobs_held", "state", "group_key", "event_at", sqlite_where=HELD, postgresql_where=HELD),
     sa.Index("ix_jobs_updated", "updated_at"),
 )
 
@@ -81,7 +87,16 @@ runners = sa.Table(
     sa.Column("ended_at", sa.Double),
     sa.Column("lease_owner", sa.Text),
     sa.Column("lease_until", sa.Double),
+    sa.Column("vcpus", sa.Integer, nullable=False, server_default="1"),
     sa.Index("ix_runners_state", "state"),
+    sa.Index(
+        "ix_runners_fruitless",
+        "state",
+        "code",
+        "ended_at",
+        sqlite_where=FRUITLESS,
+        postgresql_where=FRUITLESS,
+    ),
     sa.Index("ix_runners_job", "job_id"),
     sa.Index("ix_runners_serving", "serving_job_id"),
     sa.Index("ix_runners_vm", "vm_id"),
@@ -138,6 +153,7 @@ hosts = sa.Table(
     sa.Column("memory_mib", sa.Integer, nullable=False),
     sa.Column("draining", sa.Boolean, nullable=False),
     sa.Column("seen_at", sa.Double, nullable=False),
+    sa.Column("cpus", sa.Integer, nullable=False, server_default="0"),
 )
 
 repositories = sa.Table(

@@ -17,6 +17,7 @@ from runner_service.domain import Bake, BakeStep, Ending, Host, Job, Push, Repos
 from runner_service.store import bake_queries as bq
 from runner_service.store import job_search
 from runner_service.store import queries as q
+from runner_service.store import queue_queries as qq
 from runner_service.store.schema import HEAD, metadata
 from runner_service.store.store import Store, StoreError, sqlite_url
 from vmm_core.machine import VmEvent, VmExit, VmUsage
@@ -104,12 +105,49 @@ async def test_jobs_come_back_as_they_were_saved(store: Store) -> None:
 async def test_demand_is_counted_per_group_without_what_no_template_serves(store: Store) -> None:
     async with store.writing() as db:
         await q.save_jobs(
-            db, [job(1), job(2), job(3, group_key="h"), job(4, group_key=None), job(5, state="waiting")]
-        )
+            db,
+            [
+                job(1), job(2), job(3, group_key="h"), job(4, group_key=None), job(5, state="waiting"),
+                job(6, repo="s"), job(7, group_key=None, template="t"),
+            ],
+        )  # fmt: skip
+        await q.add_runners(db, [runner(1, job_id="github-1")])
     async with store.reading() as db:
-        assert await q.queued_counts(db) == {"g": 2, "h": 1}
-        assert [one.id for one in await q.queued_jobs(db, "g", 1)] == ["github-1"]
+        rows = sorted(await qq.waiting(db), key=lambda row: (row.group, row.repo))
+        assert rows == [
+            qq.Waiting("g", "o", "r", 2, 1.0), qq.Waiting("g", "o", "s", 1, 6.0), qq.Waiting("h", "o", "r", 1, 3.0),
+        ]  # fmt: skip
+        # Those that wait for a runner: the first job has one.
+        assert [one.id for one in await qq.oldest_jobs(db, rows[0], 5)] == ["github-2"]
+        assert [one.id for one in await qq.newest_jobs(db, "o", "r", {"g", "h"}, 2)] == [
+            "github-3",
+            "github-2",
+        ]
+        assert {one.id for one in await qq.heads(db, 9)} == {"github-2", "github-3", "github-6"}
+        assert {one.id for one in await qq.heads(db, 2)} == {"github-2", "github-3"}
+        assert [one.id for one in await qq.held_jobs(db, 9)] == ["github-7"]
+        assert await qq.repositories_of(db, ["github-6", "github-9"]) == {"github-6": "o/s"}
         assert [one.id for one in await q.unserved_jobs(db, 10)] == ["github-4"]
+
+
+async def test_runners_that_ended_without_a_job_are_counted_by_the_job_they_were_made_for(
+    store: Store,
+) -> None:
+    def ended(number: int, job_id: str, **more: object) -> Runner:
+        values = {"state": "gone", "code": "runner_exited", "ended_at": float(number), "job_id": job_id}
+        return runner(number, **(values | more))
+
+    rows = [ended(n, "github-1", code="late_idle" if n % 2 else "runner_exited") for n in range(1, 7)]
+    rows += [ended(n, "github-2") for n in (10, 11)]
+    rows += [ended(n, "github-2", **more) for n, more in enumerate(
+        ({"serving_job_id": "github-9"}, {"code": "cancelled"}, {"state": "retiring"}), 20
+    )]  # fmt: skip
+    async with store.writing() as db:
+        await q.save_jobs(db, [job(1), job(2), job(3, state="completed")])
+        await q.add_runners(db, [*rows, *(ended(n, "github-3") for n in range(30, 40))])
+    async with store.reading() as db:
+        found = await qq.fruitless_jobs(db, since=2.0, least=3, limit=9)
+    assert found == [qq.Fruitless("github-1", "g", "o", "r", 5, 6.0)]
 
 
 async def test_a_step_is_persisted_only_from_the_state_it_began_in_and_by_who_holds_the_lease(

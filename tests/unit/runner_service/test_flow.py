@@ -243,7 +243,7 @@ async def test_jobs_of_an_account_that_is_held_back_wait_for_that_without_a_vm(t
     world = World(tmp_path)
     reason = "forge_suspended: the installation of the App on o is suspended"
     until_ = time.time() + 60
-    world.held = lambda job: Held(until_, reason) if job.owner == "o" else None
+    world.held = lambda scope: Held(until_, reason) if scope.path == "o/r" else None
     async with world.running() as service:
         held, other = world.forge.queue(), world.forge.queue(repo="p/q")
         await until(lambda: other.state == "completed")
@@ -252,7 +252,7 @@ async def test_jobs_of_an_account_that_is_held_back_wait_for_that_without_a_vm(t
         assert (story.job.waits_for or "").startswith(reason)
         assert any("forge_suspended" in (line.waits_for or "") for line in story.timeline)
         # The event, or a probe, says that it is back.
-        world.held = lambda _job: None
+        world.held = lambda _scope: None
         service.scheduler.wake()
         await world.until_quiet()
     assert held.runs == other.runs == 1

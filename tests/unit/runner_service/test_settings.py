@@ -30,6 +30,11 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
         [runners]
         max_vms = 4
         egress = [{host = "forge", port = 8080, via = "127.0.0.1:1234"}]
+        [limits]
+        per_repository = 20
+        repositories = {"o/*" = 4}
+        [limits.weights]
+        "o/main" = 2.5
         """,
     )
     env = {
@@ -38,6 +43,7 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
         "MICROVM_RUNNERS_EXTRA_LABELS": "a, b",
         "MICROVM_BAKES_ENABLED": "false",
         "MICROVM_BAKES_POLL_S": "0",
+        "MICROVM_LIMITS_LABELS": '{"microvm-8gb": 1}',
     }
     found = settings.load(path, env)
     assert found.listen == ("0.0.0.0", 9000) and found.data_dir == Path("/data")
@@ -46,6 +52,8 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
     assert found.github is not None and found.github.repositories == ("o/*", "p/q")
     assert found.service.name and found.source == path
     assert not found.bakes.enabled and found.bakes.poll_s == 0
+    assert found.limits.repositories == {"o/*": 4} and found.limits.weights == {"o/main": 2.5}
+    assert found.limits.labels == {"microvm-8gb": 1} and found.limits.per_repository == 20
 
 
 @pytest.mark.parametrize(
@@ -85,6 +93,18 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
         ("[bakes]\nenabled = 'yes'\n", ["[bakes] enabled", "bool", "yes"]),
         ("[bakes]\nrepositories = ['o']\n", ["[bakes] repositories", "'o'", "owner/*"]),
         ("[bakes]\nlimit = 1\n", ["[bakes]", "'limit'", "'limit_s'"]),
+        ("[limits]\nper_repositry = 1\n", ["[limits]", "'per_repositry'", "'per_repository'"]),
+        ("[limits]\nper_owner = -1\n", ["[limits] per_owner", "at least 0"]),
+        ("[limits]\nmost_queued = 0\n", ["[limits] most_queued", "at least 1"]),
+        ("[limits]\nmemory_overcommit = 0\n", ["[limits] memory_overcommit", "0.1"]),
+        ("[limits.repositories]\n'octo' = 1\n", ["[limits.repositories]", "'octo'", "owner/*"]),
+        ("[limits.repositories]\n'o/*' = 'x'\n", ["[limits] repositories", "int", "str"]),
+        ("[limits.owners]\n'o/r' = 1\n", ["[limits.owners]", "'o/r'"]),
+        ("[limits.labels]\n'a b' = 1\n", ["[limits.labels]", "'a b'"]),
+        ("[limits.labels]\nx = -1\n", ["[limits.labels]", '"x"', "at least 0", "-1"]),
+        ("[limits.weights]\n'o/r' = 0\n", ["[limits.weights]", '"o/r"', "0.01"]),
+        ("[limits.weights]\n'o/r' = nan\n", ["[limits.weights]", "nan"]),
+        ("[limits.priorities]\nx = 1.5\n", ["[limits] priorities", "int"]),
         ("[github]\ntoken_env = 'A'\nserver_url = 'forge'\n", ["[github] server_url", "'forge'"]),
         ("[[github.apps]]\napp_id = 'I'\n", ["[[github.apps]] number 1", "name"]),
         (f"{APP}token_fil = 'x'\n", ["[[github.apps]]", "'token_fil'", "'token_file'"]),
@@ -134,6 +154,8 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, words: list[str]) -> None
         ("MICROVM_RUNNERS_EGRESS", '[{"qqq": 1}]', ["MICROVM_RUNNERS_EGRESS", "host, port, via"]),
         ("MICROVM_RUNNERS_EGRESS", '{"host": 1}', ["MICROVM_RUNNERS_EGRESS", "array"]),
         ("MICROVM_GITHUB_APPS", '[{"nam": "x"}]', ["MICROVM_GITHUB_APPS", "'name'"]),
+        ("MICROVM_LIMITS_LABELS", "x=1", ["MICROVM_LIMITS_LABELS", "JSON"]),
+        ("MICROVM_LIMITS_OWNERS", '{"o": "x"}', ["MICROVM_LIMITS_OWNERS", "int"]),
         ("MICROVM_SERVICE_LOG_LEVEL", "loud", ["MICROVM_SERVICE_LOG_LEVEL", "debug"]),
     ],
 )

@@ -21,6 +21,7 @@ from runner_service.flow import Flow
 from runner_service.frozen import Freezer
 from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
+from runner_service.limits import Limits as LimitSettings
 from runner_service.polling import Poller
 from runner_service.repositories import Origin
 from runner_service.reruns import Reruns
@@ -80,12 +81,16 @@ class World:
         templates: tuple[Template, ...] = (TEMPLATE,),
         bakes: BakeSettings | None = None,
         frozen: FrozenSettings | None = None,
+        limits: LimitSettings | None = None,
+        cpus: int = 0,
     ) -> None:
         """``bakes``: with a planner and a worker of bakes, over fake repositories; without, it bakes nothing."""
         self.directory = directory
         self.runners = runners
         self.bakes = bakes
         self.frozen = frozen or FrozenSettings()
+        self.limits = limits or LimitSettings()
+        self.cpus = cpus
         self.repositories = FakeRepositories()
         self.host = FakeHost(templates)
         self.forge = FakeForge(self._deliver)
@@ -96,7 +101,7 @@ class World:
         self.poll_s = 0.0
         self.named: tuple[tuple[str, str], ...] = ()
         self.mangle: Callable[[JobEvent], list[JobEvent]] = lambda event: [event]
-        self.held: Callable[[Job], Held | None] = lambda _job: None
+        self.held: Callable[[Scope], Held | None] = lambda _scope: None
         self.kill_at: int | None = None
         self.effects: list[str] = []
         self.dead = asyncio.Event()
@@ -303,8 +308,8 @@ class Service:
             default_template=world.runners.default_template,
             extra_labels=world.runners.extra_labels,
             name_prefix="microvm",
-            wanted_limit=world.runners.wanted_limit_s,
             fork_limit=world.runners.fork_limit_s,
+            limits=world.limits,
         )
         decider = Decider(
             rules,
@@ -314,7 +319,7 @@ class Service:
             scope_of=lambda event: Scope("repository", f"{event.owner}/{event.repo}"),
             templates=catalog.templates,
             parents=catalog.parents,
-            held=lambda job: world.held(job),  # noqa: PLW0108 - tests change it
+            held=lambda scope: world.held(scope),  # noqa: PLW0108 - tests change it
         )
         self.reruns = Reruns(
             store=self.store,
@@ -329,7 +334,7 @@ class Service:
             flow=flow,
             decider=decider,
             hypervisor=self.engine,
-            host=Host("host-1", world.runners.max_vms, 16384),
+            host=Host("host-1", world.runners.max_vms, 16384, cpus=world.cpus),
             limits=limits,
             metrics=self.metrics,
             keep_seconds=86400,

@@ -8,6 +8,9 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 
+_HELD = sa.text("state = 'queued' AND group_key IS NULL AND template IS NOT NULL")
+_FRUITLESS = sa.text("state = 'gone' AND serving_job_id IS NULL AND code IN ('runner_exited', 'late_idle')")
+
 
 def upgrade() -> None:
     """Every statement adds; nothing that an older service wrote is changed."""
@@ -68,9 +71,26 @@ def upgrade() -> None:
     op.create_index("ix_frozen_host", "frozen", ["host", "state"])
     op.create_index("ix_frozen_job", "frozen", ["job_id"])
     op.create_index("ix_frozen_removed", "frozen", ["removed_at"])
+    op.add_column("runners", sa.Column("vcpus", sa.Integer, nullable=False, server_default="1"))
+    op.add_column("hosts", sa.Column("cpus", sa.Integer, nullable=False, server_default="0"))
+    op.drop_index("ix_jobs_demand", "jobs")
+    op.create_index("ix_jobs_demand", "jobs", ["state", "group_key", "owner", "repo", "event_at"])
+    op.create_index(
+        "ix_jobs_held", "jobs", ["state", "group_key", "event_at"], sqlite_where=_HELD, postgresql_where=_HELD
+    )
+    op.create_index(
+        "ix_runners_fruitless", "runners", ["state", "code", "ended_at"],
+        sqlite_where=_FRUITLESS, postgresql_where=_FRUITLESS,
+    )  # fmt: skip
 
 
 def downgrade() -> None:
+    op.drop_index("ix_runners_fruitless", "runners")
+    op.drop_index("ix_jobs_held", "jobs")
+    op.drop_index("ix_jobs_demand", "jobs")
+    op.create_index("ix_jobs_demand", "jobs", ["state", "group_key", "event_at"])
+    op.drop_column("hosts", "cpus")
+    op.drop_column("runners", "vcpus")
     op.drop_column("runners", "infra")
     for name in ("frozen", "infra_failures", "tokens", "audit"):
         op.drop_table(name)
