@@ -273,10 +273,14 @@ class Dispatch:
         self, lines: Sequence[Line], rows: Mapping[Key, qq.Waiting], homes: Mapping[str, str]
     ) -> None:
         """Turns, places, runners. What is promised counts, whatever the runners' states are."""
+        alike = Counter(
+            (homes.get(runner.id, runner.scope_path), runner.labels)
+            for runner in self._books.runners.values()
+            if runner.takes_room
+        )
         used: fairness.Used = Counter()
-        for runner in self._books.runners.values():
-            if runner.takes_room:
-                used.update(fairness.names(homes.get(runner.id, runner.scope_path), runner.labels))
+        for (home, asked), count in alike.items():
+            used.update(dict.fromkeys(fairness.names(home, asked), count))
         plan = fairness.share(
             lines,
             used=used,
