@@ -8,6 +8,7 @@ import structlog
 
 from github_webhook.app_auth import AppAuth, TokenAuth
 from github_webhook.app_auth import Scope as GitHubScope
+from github_webhook.deliveries import Deliveries
 from github_webhook.reach import Reach
 from github_webhook.rest import api_base_url
 from github_webhook.routes import Route, Routes
@@ -43,6 +44,16 @@ def reached(settings: GitHubSettings, known: Routes, http: httpx.AsyncClient) ->
             reach = Reach(auth=route.auth, http=http, base_url=base_url, timeout=settings.timeout_s)
             found.append(Reached(route.name, reach, route.patterns))
     return found
+
+
+def deliveries(settings: GitHubSettings, known: Routes, http: httpx.AsyncClient) -> dict[str, Deliveries]:
+    """The deliveries of each App; tokens have none."""
+    base_url = api_base_url(settings.base_url)
+    return {
+        route.name: Deliveries(auth=route.auth, http=http, base_url=base_url, timeout=settings.timeout_s)
+        for route in known.all
+        if isinstance(route.auth, AppAuth)
+    }
 
 
 def runner_groups(settings: GitHubSettings, known: Routes) -> Callable[[Scope], int]:

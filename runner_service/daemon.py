@@ -33,7 +33,14 @@ from runner_service.catalog import EngineCatalog
 from runner_service.choice import Chooser
 from runner_service.claims import address_of, announce, listen, only_one
 from runner_service.client import SERVICE_FILE
-from runner_service.credentials import WebhookSecrets, reached, routes, runner_groups, secret_variables
+from runner_service.credentials import (
+    WebhookSecrets,
+    deliveries,
+    reached,
+    routes,
+    runner_groups,
+    secret_variables,
+)
 from runner_service.decide import Decider, Rules
 from runner_service.domain import Host, Job, JobEvent, Runner
 from runner_service.egress import forge_rule
@@ -46,6 +53,7 @@ from runner_service.inbox import StoreInbox
 from runner_service.joblog import JobLogs
 from runner_service.polling import Poller
 from runner_service.ports import Forge
+from runner_service.redelivery import Redeliveries
 from runner_service.registrations import Registrations
 from runner_service.repositories import Mirrors, OriginOf, permitted_by
 from runner_service.reruns import Reruns
@@ -112,6 +120,7 @@ class Service:
         interpret = github_forge.Interpreter(auth, circuits)
         self._probes: Probes | None = None
         self._poller: Poller | None = None
+        self._redeliveries: Redeliveries | None = None
         forge: github_forge.GitHubForge | None = None
         if settings.github is not None and auth is not None:
             client = GitHub(
@@ -125,6 +134,10 @@ class Service:
             forge = self._forges[github_forge.FORGE] = github_forge.GitHubForge(client, runner_group=groups)
             self._probes = Probes(client, self._metrics)
             self._poller = self._make_poller(settings.github, client, forge, auth)
+            apps = deliveries(settings.github, auth, http) if settings.github.ingress == "webhook" else {}
+            self._redeliveries = Redeliveries(
+                store=store, forge=github_forge.FORGE, apps=apps, metrics=self._metrics
+            )
         self._bakes: Bakes | None = None
         self._planner: Planner | None = None
         mirrors: Mirrors | None = None
@@ -278,6 +291,8 @@ class Service:
             working.append(asyncio.create_task(self._freezer.run(), name="frozen"))
             if self._poller is not None:
                 working.append(asyncio.create_task(self._poller.run(), name="poller"))
+            if self._redeliveries is not None:
+                working.append(asyncio.create_task(self._redeliveries.run(), name="redeliveries"))
             if self._bakes is not None and self._planner is not None:
                 await self._bakes.start()
                 working.append(asyncio.create_task(self._bakes.run(), name="bakes"))

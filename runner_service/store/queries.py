@@ -25,6 +25,7 @@ from runner_service.store.schema import (
     locks,
     repositories,
     runners,
+    sweeps,
     timeline,
 )
 
@@ -126,6 +127,25 @@ _CLOSE_DELIVERY = (
     .where(inbox.c.seq == sa.bindparam("row"))
     .values(processed_at=sa.bindparam("now"), payload=b"", outcome=sa.bindparam("what"))
 )
+
+
+async def known_deliveries(db: AsyncConnection, forge: str, guids: Sequence[str]) -> set[str]:
+    """Those of these deliveries that came in, at whatever try."""
+    found: set[str] = set()
+    for chunk in chunks(guids):
+        query = sa.select(inbox.c.id).where(inbox.c.forge == forge, inbox.c.id.in_(chunk))
+        found.update((await db.execute(query)).scalars())
+    return found
+
+
+async def swept_until(db: AsyncConnection, name: str) -> float | None:
+    """Up to when this was looked through; None: never."""
+    return await db.scalar(sa.select(sweeps.c.until).where(sweeps.c.name == name))
+
+
+async def save_swept(db: AsyncConnection, name: str, until: float) -> None:
+    insert = insert_into(db, sweeps).values(name=name, until=until)
+    await db.execute(insert.on_conflict_do_update(index_elements=["name"], set_={"until": until}))
 
 
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────

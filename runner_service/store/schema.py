@@ -248,6 +248,14 @@ locks = sa.Table(
     sa.Column("lease_until", sa.Double),
 )
 
+# Up to when something outside was looked through: what came later is looked for next time, also after a restart.
+sweeps = sa.Table(
+    "sweeps",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("until", sa.Double, nullable=False),
+)
+
 # What operators did. Rows are added and never changed; those who may do that have the database anyway.
 audit = sa.Table(
     "audit",

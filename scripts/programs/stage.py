@@ -5,6 +5,7 @@ The demo plays one job on it, the bench many.
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import socket
@@ -149,11 +150,13 @@ class Stage:
         limits: Mapping[str, float] = MappingProxyType({}),
         bakes: Mapping[str, float] | None = None,
         times: Times | None = None,
+        github: Mapping[str, str | float] = MappingProxyType({}),
     ) -> AsyncGenerator["Stage"]:
         """Start the forge and the service; at the end both are stopped and no VM of the service is left.
 
         ``files`` are the repository's; ``limits`` go into [runners] of the settings, ``bakes`` into [bakes] (None:
-        none are made); ``times`` are the forge's.
+        none are made); ``times`` are the forge's; ``github`` goes into [github]: with ``ingress = "poll"`` there is
+        neither a webhook nor a secret for one.
         """
         async with contextlib.AsyncExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microvm-stage-")))
@@ -162,7 +165,7 @@ class Stage:
             secret = secrets.token_urlsafe(24)
             forge = await stack.enter_async_context(
                 StandinGitHub(
-                    webhook_url=f"{url}/webhooks/github",
+                    webhook_url=None if github.get("ingress") == "poll" else f"{url}/webhooks/github",
                     secret=secret,
                     guest_url=f"http://{FORGE_HOST}:{{port}}",
                     times=times,
@@ -171,7 +174,7 @@ class Stage:
             await forge.add_repository(await make_repository(work, files), owner=OWNER, name=REPOSITORY)
             runners = {"max_vms": max_vms, "reap_every_s": _REAP_SECONDS, **limits}
             warm = {"enabled": False} if bakes is None else {"enabled": True, **bakes}
-            config = _write_config(work, engine.data_dir, port, forge, secret, runners, warm)
+            config = _write_config(work, engine.data_dir, port, forge, secret, runners, warm, github)
             log = work / "service.log"
             stage = cls(forge, await _start(config, log), url, config, log)
             stack.push_async_callback(_end_vms, engine)
@@ -278,11 +281,13 @@ def _write_config(
     secret: str,
     runners: Mapping[str, float],
     bakes: Mapping[str, float],
+    github: Mapping[str, str | float],
 ) -> Path:
     for name, value in (("webhook.secret", secret), ("forge.token", forge.token)):
         path = work / name
         path.touch(mode=0o600)
         path.write_text(value)
+    signed = {} if github.get("ingress") == "poll" else {"webhook_secret_files": [f"{work}/webhook.secret"]}
     config = work / "microvm.toml"
     config.write_text(
         textwrap.dedent(
@@ -297,7 +302,7 @@ def _write_config(
             base_url = "{forge.url}"
             server_url = "http://{FORGE_HOST}:{forge.port}"
             token_file = "{work}/forge.token"
-            webhook_secret_files = ["{work}/webhook.secret"]
+            # github
 
             [runners]
             default_template = "{TEMPLATE}"
@@ -312,15 +317,16 @@ def _write_config(
             # bakes
             """
         )
+        .replace("# github", _lines({**signed, **github}))
         .replace("# runners", _lines(runners))
         .replace("# bakes", _lines(bakes))
     )
     return config
 
 
-def _lines(values: Mapping[str, float]) -> str:
-    """The keys of one table of TOML."""
-    return "\n".join(f"{key} = {str(value).lower()}" for key, value in values.items())
+def _lines(values: Mapping[str, Any]) -> str:
+    """The keys of one table of TOML, of which JSON's simple values are a part."""
+    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
 
 
 async def _start(config: Path, log: Path) -> asyncio.subprocess.Process:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from runner_service import settings
+from runner_service.credentials import WebhookSecrets
 from runner_service.settings import SettingsError
 
 APP = "[[github.apps]]\nname = 'a'\n"
@@ -83,6 +84,9 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
         ("[runners]\nresolvers = ['dns.example']\n", ["[runners] resolvers", "'dns.example'", "IPv4"]),
         ("[service]\ndatabase_url = 'postgresql://h/d?password=p'\n", ["database_url_env"]),
         ("[github]\n", ["[github]", "token_file"]),
+        ("[github]\ntoken_env = 'A'\ningress = 'pull'\n", ["[github] ingress", "webhook, poll", "'pull'"]),
+        ("[github]\ntoken_env = 'A'\ningress = 'poll'\npoll_s = 0\n", ["poll_s", "nothing else finds jobs"]),
+        ("[github]\ntoken_env = 'A'\npoll_s = -1\n", ["[github] poll_s", "at least 0"]),
         ("[github]\napp_id = '1'\n", ["app_id", "private_key_file"]),
         ("[github]\ntoken_env = 'A'\nrepositories = ['o']\n", ["repositories", "'o'"]),
         ("[github]\ntoken_env = 'A'\nbase_url = 'ftp://x'\n", ["base_url", "https://"]),
@@ -239,3 +243,20 @@ def test_deliveries_signed_by_any_of_the_apps_are_taken() -> None:
     assert settings.webhook_secrets(github, env) == ("one", "two")
     with pytest.raises(SettingsError, match=r"github\.apps b"):
         settings.webhook_secrets(github, {"OWN": "one", "A": "two"})
+
+
+def test_without_webhooks_it_polls_more_often_and_needs_no_webhook_secret(tmp_path: Path) -> None:
+    def every(text: str) -> float:
+        found = settings.load(write(tmp_path, f"[github]\ntoken_env = 'A'\n{text}"), {}).github
+        assert found is not None
+        return found.poll_every
+
+    assert [every(""), every("ingress = 'poll'"), every("poll_s = 5"), every("poll_s = 0")] == [60, 15, 5, 0]
+    assert settings.load(
+        Path("/dev/null"), {"MICROVM_GITHUB_TOKEN_ENV": "A", "MICROVM_GITHUB_POLL_S": "7"}
+    ).github
+
+
+def test_webhooks_without_a_secret_are_refused_with_both_ways_out() -> None:
+    with pytest.raises(SettingsError, match=r'webhook_secret_files .*ingress = "poll"'):
+        WebhookSecrets(settings.GitHubSettings(token_env="A"))

@@ -34,6 +34,11 @@ def upgrade() -> None:
         sa.Column("used_at", sa.Double),
         sa.UniqueConstraint("digest", name="uq_tokens_digest"),
     )
+    op.create_table(
+        "sweeps",
+        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("until", sa.Double, nullable=False),
+    )
     op.add_column("runners", sa.Column("infra", sa.Text))
     op.create_table(
         "infra_failures",
@@ -92,5 +97,5 @@ def downgrade() -> None:
     op.drop_column("hosts", "cpus")
     op.drop_column("runners", "vcpus")
     op.drop_column("runners", "infra")
-    for name in ("frozen", "infra_failures", "tokens", "audit"):
+    for name in ("sweeps", "frozen", "infra_failures", "tokens", "audit"):
         op.drop_table(name)
