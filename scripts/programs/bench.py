@@ -1,4 +1,9 @@
-"""Measures what a fork costs beside the floor, and prints a table: ``python -m scripts.programs.bench``.
+"""Measures what things cost beside the floor, and prints a table: ``python -m scripts.programs.bench``.
+
+fork     forks, eight at once, from an event to a runner in the guest
+engine   jails and slots, live forks, freezing, density, a soak, attacks
+warm     jobs from their repository's warm parent
+control  deliveries taken, a pass over 10,000 jobs, jobs a second through the whole life of a runner; no VM
 
 Every figure of ours is taken in turn with the floor's in the same run, so that a busy or slow machine
 weighs on both. Times are milliseconds, memory is MiB.
@@ -20,16 +25,28 @@ from rich.table import Table
 
 from images.errors import ImageError
 from images.events import BakeEvent
-from scripts.programs import bench_engine, bench_fork, bench_warm
+from scripts.programs import bench_control, bench_engine, bench_fork, bench_warm
+from scripts.programs.bench_ingest import IngestError
+from scripts.programs.bench_jobs import JobsError
 from scripts.programs.stage import Stage, StageError
 from vmm_core.engine import Engine
 from vmm_core.errors import VmmError
 
-# Each has ``measure(engine, parent, progress, quick=…)`` and LIMITS.
-SUITES: dict[str, ModuleType] = {"fork": bench_fork, "engine": bench_engine, "warm": bench_warm}
+# Each has LIMITS, and ``measure(engine, parent, progress, quick=…)`` or, when it needs no VM, ``measure(data_dir, …)``.
+SUITES: dict[str, ModuleType] = {
+    "fork": bench_fork,
+    "engine": bench_engine,
+    "warm": bench_warm,
+    "control": bench_control,
+}
 
 
 async def run(data_dir: Path, suite: ModuleType, console: Console, *, quick: bool) -> dict[str, float]:
+    figures: dict[str, float]
+    if suite is bench_control:
+        with Progress(console=console, transient=True) as progress:
+            figures = await bench_control.measure(data_dir, progress, quick=quick)
+        return _rounded(figures)
     async with Engine.open(data_dir) as engine:
         with Progress(console=console, transient=True) as progress:
             baking = progress.add_task("baking", total=None)
@@ -39,7 +56,11 @@ async def run(data_dir: Path, suite: ModuleType, console: Console, *, quick: boo
 
             parent = (await Stage.prepare(engine, progress=show)).snapshot
             progress.remove_task(baking)
-            figures: dict[str, float] = await suite.measure(engine, parent, progress, quick=quick)
+            figures = await suite.measure(engine, parent, progress, quick=quick)
+    return _rounded(figures)
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
     return {key: round(value, 3) for key, value in figures.items()}
 
 
@@ -57,7 +78,9 @@ def _met(value: float, wanted: str, limit: float) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("suite", nargs="?", choices=sorted(SUITES), default="fork", help="what to measure")
     parser.add_argument(
         "--quick", action="store_true", help="fewer samples, under 90 seconds when templates are baked"
@@ -73,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         figures = asyncio.run(run(options.data_dir, SUITES[options.suite], console, quick=options.quick))
-    except (StageError, VmmError, ImageError) as error:
+    except (StageError, VmmError, ImageError, IngestError, JobsError, TimeoutError) as error:
         console.print(f"[red]the bench failed:[/red] {escape(str(error))}", highlight=False)
         return 1
     show(figures, SUITES[options.suite], Console())

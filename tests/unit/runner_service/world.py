@@ -97,6 +97,8 @@ class World:
         self.host.programs["Runner.Listener"] = self.forge.program
         self.outbox: list[JobEvent | Push] = []
         self.deliver_now = True
+        self.tick = 0.1
+        self.memory_mib = 16384
         # Every how many seconds repositories are looked at (0: never), and those known without an event.
         self.poll_s = 0.0
         self.named: tuple[tuple[str, str], ...] = ()
@@ -334,14 +336,14 @@ class Service:
             flow=flow,
             decider=decider,
             hypervisor=self.engine,
-            host=Host("host-1", world.runners.max_vms, 16384, cpus=world.cpus),
+            host=Host("host-1", world.runners.max_vms, world.memory_mib, cpus=world.cpus),
             limits=limits,
             metrics=self.metrics,
             keep_seconds=86400,
             prune_logs=self.logs.prune,
             moved=self.planner.wake if self.planner is not None else lambda: None,
             failed=self.reruns.wake,
-            tick=0.1,
+            tick=world.tick,
         )
         client = forges["github"]
         self.poller = Poller(
