@@ -12,9 +12,12 @@ from runner_service.store.schema import FRUITLESS, HELD, jobs, runners
 
 _JOB = columns(jobs, Job)
 _LINE = (jobs.c.group_key, jobs.c.owner, jobs.c.repo)
-# A runner that may still take the job it was made for.
+# As ``Runner.covers``: it may still take the job it was made for, or took one that no event named yet.
 _COVERS = sa.and_(
-    runners.c.state.in_(("forking", "registering", "idle")),
+    sa.or_(
+        runners.c.state.in_(("forking", "registering", "idle")),
+        sa.and_(runners.c.state == "busy", runners.c.job_done_at.is_(None)),
+    ),
     runners.c.serving_job_id.is_(None),
     runners.c.cancelled_at.is_(None),
     runners.c.killed_at.is_(None),
