@@ -15,6 +15,8 @@ from github_webhook.errors import Conflict, Forbidden, NotFound, Unavailable, Un
 from github_webhook.github import GitHub
 from github_webhook.reach import Reach
 from github_webhook.rest import clone_url
+from runner_service.domain import Scope as JobScope
+from runner_service.github_forge import GitHubForge
 from tests.standins.github_official import openapi
 from tests.standins.github_world import LABELS, OWNER, REPO, SCOPE, ForgeWorld, forge_world, make_repository
 from tests.standins.openapi import CheckedTransport, OpenApi
@@ -225,6 +227,48 @@ async def test_run_a_job_again(world: World) -> None:
     await world.github.rerun_job(OWNER, REPO, run.jobs[0].id)
     (queued,) = (await world.github.untaken_jobs(OWNER, REPO)).jobs
     assert queued.run_attempt == 2 and queued.id != run.jobs[0].id
+
+
+async def test_a_run_and_its_attempts(world: World) -> None:
+    run = await world.forge.queue_run(OWNER, REPO)
+    found = await world.github.get_run(OWNER, REPO, run.id)
+    assert (found.id, found.attempt, found.conclusion) == (run.id, 1, None)
+    assert found.status != "completed"
+    world.forge.actions.cancel(run)
+    found = await world.github.get_run(OWNER, REPO, run.id)
+    assert (found.status, found.conclusion) == ("completed", "cancelled")
+    await world.github.rerun_job(OWNER, REPO, run.jobs[0].id)
+    found = await world.github.get_run(OWNER, REPO, run.id)
+    assert (found.attempt, found.status != "completed") == (2, True)
+    with pytest.raises(NotFound):
+        await world.github.get_run(OWNER, REPO, 4711)
+
+
+async def test_an_order_to_run_a_job_again_is_for_one_attempt(world: World) -> None:
+    forge = GitHubForge(world.github)
+    run = await world.forge.queue_run(OWNER, REPO)
+    job = run.jobs[0]
+    scope = JobScope("repository", f"{OWNER}/{REPO}")
+
+    async def order() -> str:
+        return await forge.rerun(
+            scope, str(job.id), owner=OWNER, repo=REPO, run_id=str(run.id), attempt=job.attempt
+        )
+
+    assert await order() == "not_over"
+    runner = world.forge.actions.register("repository", OWNER, REPO, "r1", ["microvm", "gpu"], "_work")
+    world.forge.actions.open_session(runner, "2.329.0")
+    world.forge.actions.acquire(runner, job)
+    world.forge.actions.complete(runner, job, "failure", [])
+    other = await world.forge.queue_run(OWNER, REPO)
+    for left in run.jobs[1:]:
+        world.forge.actions._finish(left, "failure")
+    assert await order() == "asked"
+    assert await order() == "newer", "an answer that was lost is no reason to do it again"
+    assert len([one for one in run.jobs if one.attempt == 2 and one.status == "queued"]) == 1
+    world.forge.actions.cancel(other)
+    job, run = other.jobs[0], other
+    assert await order() == "cancelled"
 
 
 async def test_what_is_not_there(world: World) -> None:
