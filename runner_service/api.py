@@ -6,6 +6,7 @@ GET  /why?job=                the same story as /jobs/{job}; the job may be owne
 GET  /bakes?limit=&repository=   GET /bakes/{bake}    GET /bakes/{bake}/log?offset=&follow=
 GET  /vms                     POST /vms/{vm}/kill
 
+GET  /frozen                  POST /frozen/{vm}/remove              (frozen_routes.py)
 GET  /tokens  POST /tokens  DELETE /tokens/{name}   GET /audit   (access_routes.py)
 
 Who may ask what is the business of access.py. Webhooks come in on the same address unless they have their own.
@@ -35,6 +36,7 @@ from runner_service import audit, views
 from runner_service.access import Failures, Gate, who
 from runner_service.access_routes import access_routes
 from runner_service.domain import WRITES_LOG, Bake
+from runner_service.frozen_routes import Remove, frozen_routes, none_kept
 from runner_service.joblog import JobLogs
 from runner_service.problems import Document, WebRequest, data_problem, http_problem, unexpected, vmm_problem
 from runner_service.store import bake_queries as bq
@@ -97,6 +99,7 @@ class Api:
         kill: Callable[[str], Awaitable[None]],
         measure: Callable[[], None] = lambda: None,
         gate: Gate | None = None,
+        remove_frozen: Remove = none_kept,
     ) -> None:
         self.store = store
         self.logs = logs
@@ -106,6 +109,7 @@ class Api:
         self.vms = vms
         self.kill = kill
         self.measure = measure
+        self.remove_frozen = remove_frozen
         self.gate = gate or Gate(
             store, local_is_trusted=True, open_metrics=False, refused=metrics.refused, failures=Failures()
         )
@@ -117,6 +121,7 @@ class Api:
             route_handlers=[
                 *self._routes(),
                 *access_routes(self.store),
+                *frozen_routes(self.store, self.remove_frozen, self.audited),
                 Router("/", route_handlers=routers, opt={"access": "open"}, security=[{}]),
             ],
             guards=[self.gate],

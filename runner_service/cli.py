@@ -9,6 +9,7 @@ import click
 from rich_click import RichGroup
 
 from runner_service.access_cli import audit, tokens
+from runner_service.frozen_cli import frozen, shell
 from runner_service.options import (
     api_option,
     config_option,
@@ -337,6 +338,8 @@ def kill(*, vm: str, config: Path | None, data_dir: Path | None, api: str | None
     return run_async(service.kill(settings_of(config, data_dir), api, vm))
 
 
+cli.add_command(frozen)
+cli.add_command(shell)
 cli.add_command(tokens)
 cli.add_command(audit)
 

@@ -363,6 +363,7 @@ class Service:
             vms=self._vms,
             kill=self.scheduler.kill,
             measure=self._measure,
+            remove_frozen=self._freezer.remove,
             gate=gate,
         )
 

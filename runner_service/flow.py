@@ -27,7 +27,7 @@ from typing import TypeVar
 
 import structlog
 
-from github_webhook.errors import ForgeError, NotFound, Unavailable
+from github_webhook.errors import ForgeError, NotFound, RateLimited, Unavailable
 from runner_service.domain import (
     Answer,
     Done,
@@ -146,7 +146,8 @@ class Flow:
             )
             await self._start(runner, live, vm, registration, template)
         except ForgeError as error:
-            live.retry_at = error.retry_at
+            # A rate limit names its end. Whatever else holds calls back is lifted by an answer, or by an event.
+            live.retry_at = error.retry_at if isinstance(error, RateLimited) else None
             return Goto("retiring", f"cannot register with the forge: {error}", error.code)
         except VmmError as error:
             return Goto("retiring", f"cannot start the VM: {error}", error.code)

@@ -18,6 +18,7 @@ from typing import Protocol
 import structlog
 
 from images.warm_guest import work_folder
+from runner_service import audit
 from runner_service.domain import Job, Runner
 from runner_service.ports import RunnerVm
 from runner_service.settings import Frozen as FrozenSettings
@@ -35,6 +36,7 @@ log = structlog.get_logger("frozen")
 # Reasons of a runner to retire after which its VM still holds what the job left.
 KEEPS = frozenset({"runner_exited", "completed"})
 FAILED = frozenset({"failure", "timed_out"})
+BY_OPERATOR = "removed by an operator"
 _TICK = 30.0
 # Blocks of the VM's own disk, which is removed with it, count as shared for a moment.
 _SETTLED_SECONDS = 2.0
@@ -136,6 +138,7 @@ class Freezer:
             self._metrics.frozen.labels("failed").inc()
             raise
         await self._frozen(frozen)
+        await self._note("frozen.freeze", kept, f"the job failed; kept until {frozen.expires_at:.0f}")
         self._metrics.frozen.labels("frozen").inc()
         log.info("frozen", vm=kept.id, job=job.id, until=frozen.expires_at)
         self._woken.set()
@@ -269,8 +272,17 @@ class Freezer:
             log.info("discard_again", vm=row.id, error=str(error))  # somebody opens it at this very moment
             return
         await self._close(row.id, row.why or "removed")
+        if row.why != BY_OPERATOR:  # who that was is written down where the order came in
+            await self._note("frozen.remove", row, row.why or "")
         self._metrics.frozen.labels("removed").inc()
         log.info("frozen_removed", vm=row.id, why=row.why)
+
+    async def _note(self, action: str, row: KeptVm, why: str) -> None:
+        """A line in the audit log: whoever asks where a job's memory was is told of its whole stay."""
+        who, details = f"service {self._host}", {"job": row.job_id, "why": why}
+        await self._store.write(
+            lambda db: audit.record(db, who=who, action=action, target=row.id, details=details)
+        )
 
     async def _close(self, vm_id: str, why: str) -> None:
         states: Sequence[fq.KeptState] = ("freezing", "frozen", "removing")

@@ -204,10 +204,12 @@ class Poller:
         return bool(self._every) and owner.in_reach and now - owner.reached_at >= _REACH_EVERY
 
     async def _reach(self, owner: _Owner) -> None:
-        owner.reached_at = self._clock()
+        # Should it fail, it is tried again in a minute: a repository whose first job no event told of waits for this.
+        owner.reached_at = self._clock() - _REACH_EVERY + _LOOK_LIMIT
         for name, repo in await self._listings.repositories(owner.name):
             if self._allowed(name, repo):
                 self._see(name, repo)
+        owner.reached_at = self._clock()
 
     # ── a round of one owner ─────────────────────────────────────────────────────────────────────
 

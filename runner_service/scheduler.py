@@ -370,12 +370,15 @@ class Scheduler:
             lines=lines,
             ending=Ending(runner.id, now, ending) if ending is not None else None,
         )
+        if isinstance(answer, Goto):
+            # Before it is written: a pass that sees the runner retiring must see the brake too.
+            self._hold_or_release(runner, answer, now, live.retry_at)
         after = await self._steps.do(step)
         live.changes = {}
         live.lines = []
         live.ending_kept = live.ending_kept or ending is not None
         if isinstance(answer, Goto) and after is not None:
-            self._entered(runner, answer, now, live.retry_at)
+            self._entered(runner, answer, now)
             if runner.infra is None and after.infra is not None:
                 self._failed()
             if answer.state == "gone":
@@ -395,24 +398,26 @@ class Scheduler:
             values |= {"ended_at": now, "lease_owner": self._host.name}
         return values
 
-    def _entered(self, runner: Runner, answer: Goto, now: float, retry_at: float | None) -> None:
-        """Count the transition; hold back or release the group; let others see the room or the need."""
+    def _hold_or_release(self, runner: Runner, answer: Goto, now: float, retry_at: float | None) -> None:
+        """A runner that failed holds its group back, one that served a job releases it."""
+        failed = answer.state == "retiring" and runner.serving_job_id is None and answer.code not in BENIGN
+        if answer.state == "busy" or (answer.state == "retiring" and answer.code == "runner_exited"):
+            self._brakes.pop(runner.group_key, None)
+        elif failed:
+            reason, before = f"{answer.code}: {answer.reason[:300]}", self._brakes.get(runner.group_key)
+            self._brakes[runner.group_key] = demand.brake(
+                before, runner.state_at, now, reason, retry_at=retry_at
+            )
+
+    def _entered(self, runner: Runner, answer: Goto, now: float) -> None:
+        """Count the transition; let others see the room or the need."""
         self._metrics.state_seconds.labels(runner.state).observe(max(0.0, now - runner.state_at))
         self._metrics.steps.labels(answer.state).observe(max(0.0, now - runner.event_at))
         log.info(
             "runner", runner=runner.id, state=answer.state, reason=answer.reason[:300], job=runner.job_id
         )
-        if answer.state == "busy":
-            self._brakes.pop(runner.group_key, None)
-        elif answer.state == "retiring":
+        if answer.state == "retiring":
             self._metrics.reasons.labels(answer.code).inc()
-            if answer.code == "runner_exited":
-                self._brakes.pop(runner.group_key, None)
-            elif runner.serving_job_id is None and answer.code not in BENIGN:
-                reason, before = f"{answer.code}: {answer.reason[:300]}", self._brakes.get(runner.group_key)
-                self._brakes[runner.group_key] = demand.brake(
-                    before, runner.state_at, now, reason, retry_at=retry_at
-                )
             self.wake()
 
     async def _reread(self, runner: Runner) -> Runner | None:

@@ -1,13 +1,16 @@
 """``microvm templates``: the list of what can be forked, and the commands on one of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich_click import RichGroup
 
 from runner_service.options import config_option, data_dir_option, json_option, run_async, settings_of
+
+if TYPE_CHECKING:
+    from runner_service.settings import Settings
 
 
 def _here(command: Callable[..., int]) -> Callable[..., int]:
@@ -70,8 +73,9 @@ def promote(
     """Let NAME mean SNAPSHOT (a name or digest) from now on. What runs keeps the parent it has."""
     from runner_service.commands import templates as run  # noqa: PLC0415
 
-    directory = settings_of(config, data_dir).data_dir
-    return run_async(run.promote(directory, name, snapshot, why, as_json=as_json))
+    settings = settings_of(config, data_dir)
+    work = run.promote(settings.data_dir, name, snapshot, why, as_json=as_json)
+    return _noted(settings, work, "template.promote", name, snapshot=snapshot, why=why)
 
 
 @templates.command()
@@ -81,7 +85,8 @@ def rollback(*, name: str, config: Path | None, data_dir: Path | None, as_json: 
     """Let NAME mean the version before this one, of those that are still there. Again: the one before that."""
     from runner_service.commands import templates as run  # noqa: PLC0415
 
-    return run_async(run.rollback(settings_of(config, data_dir).data_dir, name, as_json=as_json))
+    settings = settings_of(config, data_dir)
+    return _noted(settings, run.rollback(settings.data_dir, name, as_json=as_json), "template.rollback", name)
 
 
 @templates.command()
@@ -101,12 +106,15 @@ def prune(
     """
     from runner_service.commands import templates as run  # noqa: PLC0415
 
-    directory = settings_of(config, data_dir).data_dir
+    settings = settings_of(config, data_dir)
     try:
         wish = run.Wish(run.parse_budget(budget), keep, dry_run)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--budget") from error
-    return run_async(run.prune(directory, wish, as_json=as_json))
+    work = run.prune(settings.data_dir, wish, as_json=as_json)
+    if dry_run:
+        return run_async(work)
+    return _noted(settings, work, "template.prune", "", budget=budget, keep=keep)
 
 
 @templates.command()
@@ -125,7 +133,18 @@ def unpin(*, template: str, config: Path | None, data_dir: Path | None, as_json:
     return _pin(template, config, data_dir, pinned=False, as_json=as_json)
 
 
-def _pin(template: str, config: Path | None, data_dir: Path | None, **how: Any) -> int:
+def _pin(template: str, config: Path | None, data_dir: Path | None, *, pinned: bool, as_json: bool) -> int:
     from runner_service.commands import templates as run  # noqa: PLC0415
 
-    return run_async(run.pin(settings_of(config, data_dir).data_dir, template, **how))
+    settings = settings_of(config, data_dir)
+    work = run.pin(settings.data_dir, template, pinned=pinned, as_json=as_json)
+    return _noted(settings, work, "template.pin" if pinned else "template.unpin", template)
+
+
+def _noted(
+    settings: "Settings", work: Coroutine[Any, Any, int], action: str, target: str, **details: Any
+) -> int:
+    """Run what changes something, with a row in the audit log."""
+    from runner_service.commands import access  # noqa: PLC0415
+
+    return run_async(access.noted(settings, work, action, target, **details))

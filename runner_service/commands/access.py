@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from datetime import datetime
 from typing import Any, TypeVar, cast
 
@@ -15,7 +15,7 @@ from runner_service.client import NotThereError
 from runner_service.commands import show
 from runner_service.daemon import database_url
 from runner_service.settings import Settings
-from runner_service.store.store import Store
+from runner_service.store.store import Store, StoreError
 from runner_service.tokens import NewToken, Scope, Token
 
 T = TypeVar("T")
@@ -93,12 +93,34 @@ async def audit_log(settings: Settings, api: str | None, limit: int, *, as_json:
     return 0
 
 
-async def note(settings: Settings, action: str, target: str = "", **details: Any) -> None:
-    """Write down what a command did on this host by itself."""
-    async with _database(settings) as store:
-        await store.write(
-            lambda db: audit.record(db, who=audit.local(), action=action, target=target, details=details)
-        )
+async def noted(
+    settings: Settings, work: Coroutine[Any, Any, int], action: str, target: str, **details: Any
+) -> int:
+    """Do what a command does on this host by itself, and write it down with what came of it."""
+    outcome = audit.DONE
+    try:
+        return await work
+    except Exception as error:
+        outcome = str(error)
+        raise
+    finally:
+        await _note(settings, action, target, details, outcome)
+
+
+async def _note(
+    settings: Settings, action: str, target: str, details: Mapping[str, Any], outcome: str
+) -> None:
+    if not settings.data_dir.is_dir():
+        return  # nothing can have been done
+    try:
+        async with _database(settings) as store:
+            await store.write(
+                lambda db: audit.record(
+                    db, who=audit.local(), action=action, target=target, details=details, outcome=outcome
+                )
+            )
+    except StoreError as error:
+        sys.stderr.write(f"microvm: the audit log does not tell of this: {error}\n")
 
 
 @contextlib.asynccontextmanager

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 
 import msgspec
@@ -41,6 +41,16 @@ class Wish(msgspec.Struct, frozen=True):
 
 async def run(data_dir: Path, wish: Wish) -> int:
     """Fork, run, destroy; the command's exit code, or 128+N when signal N ended us. Raises VmmError."""
+
+    async def work() -> int:
+        async with Engine.open(data_dir) as engine:
+            return await _run(engine, wish)
+
+    return await interruptible(work())
+
+
+async def interruptible(work: Coroutine[None, None, int]) -> int:
+    """What ``work`` answers, or 128+N when signal N ended it; its clean-up is waited for."""
     asked: list[int] = []
     task = asyncio.current_task()
 
@@ -53,8 +63,7 @@ async def run(data_dir: Path, wish: Wish) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop, number)
     try:
-        async with Engine.open(data_dir) as engine:
-            return await _run(engine, wish)
+        return await work
     except asyncio.CancelledError:
         if not asked:
             raise
@@ -78,19 +87,24 @@ async def _run(engine: Engine, wish: Wish) -> int:
             stdin=True,
             timeout=wish.timeout,
         )
-        feeding = asyncio.create_task(_feed(process), name="stdin")
-        try:
-            return await _attached(vm, process)
-        except ChannelClosed as closed:
-            raise await _reason(vm, closed) from None
-        except (asyncio.CancelledError, BrokenPipeError):
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(_END_SECONDS):
-                    await process.kill()
-            raise
-        finally:
-            feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
+        return await passed_through(vm, process)
+
+
+async def passed_through(vm: RunningVm, process: Process) -> int:
+    """The exit code of a command that gets our input and whose output is ours. Raises ChannelClosed, VmmError."""
+    feeding = asyncio.create_task(_feed(process), name="stdin")
+    try:
+        return await _attached(vm, process)
+    except ChannelClosed as closed:
+        raise await _reason(vm, closed) from None
+    except (asyncio.CancelledError, BrokenPipeError):
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(_END_SECONDS):
+                await process.kill()
+        raise
+    finally:
+        feeding.cancel()
+        await asyncio.gather(feeding, return_exceptions=True)
 
 
 async def _attached(vm: RunningVm, process: Process) -> int:

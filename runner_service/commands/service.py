@@ -189,7 +189,14 @@ async def logs(settings: Settings, api: str | None, job: str, *, follow: bool) -
 async def kill(settings: Settings, api: str | None, vm: str) -> int:
     """Through the service, so that its runner is retired properly; without a service the VM is just ended."""
     if not await client.kill(settings, api, vm):
-        async with Engine.open(settings.data_dir) as engine:
-            await engine.destroy(vm)
+        from runner_service.commands import access  # noqa: PLC0415
+
+        await access.noted(settings, _destroy(settings, vm), "vm.kill", vm)
     sys.stdout.write(f"{vm} is being ended\n")
+    return 0
+
+
+async def _destroy(settings: Settings, vm: str) -> int:
+    async with Engine.open(settings.data_dir) as engine:
+        await engine.destroy(vm)
     return 0

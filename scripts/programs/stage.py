@@ -149,14 +149,15 @@ class Stage:
         files: Mapping[str, str] = FILES,
         limits: Mapping[str, float] = MappingProxyType({}),
         bakes: Mapping[str, float] | None = None,
+        frozen: Mapping[str, object] = MappingProxyType({}),
         times: Times | None = None,
         github: Mapping[str, str | float] = MappingProxyType({}),
     ) -> AsyncGenerator["Stage"]:
         """Start the forge and the service; at the end both are stopped and no VM of the service is left.
 
         ``files`` are the repository's; ``limits`` go into [runners] of the settings, ``bakes`` into [bakes] (None:
-        none are made); ``times`` are the forge's; ``github`` goes into [github]: with ``ingress = "poll"`` there is
-        neither a webhook nor a secret for one.
+        none are made), ``frozen`` into [frozen]; ``times`` are the forge's; ``github`` goes into [github]: with
+        ``ingress = "poll"`` there is neither a webhook nor a secret for one.
         """
         async with contextlib.AsyncExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microvm-stage-")))
@@ -174,7 +175,7 @@ class Stage:
             await forge.add_repository(await make_repository(work, files), owner=OWNER, name=REPOSITORY)
             runners = {"max_vms": max_vms, "reap_every_s": _REAP_SECONDS, **limits}
             warm = {"enabled": False} if bakes is None else {"enabled": True, **bakes}
-            config = _write_config(work, engine.data_dir, port, forge, secret, runners, warm, github)
+            config = _write_config(work, engine.data_dir, port, forge, secret, runners, warm, frozen, github)
             log = work / "service.log"
             stage = cls(forge, await _start(config, log), url, config, log)
             stack.push_async_callback(_end_vms, engine)
@@ -281,6 +282,7 @@ def _write_config(
     secret: str,
     runners: Mapping[str, float],
     bakes: Mapping[str, float],
+    frozen: Mapping[str, object],
     github: Mapping[str, str | float],
 ) -> Path:
     for name, value in (("webhook.secret", secret), ("forge.token", forge.token)):
@@ -315,11 +317,15 @@ def _write_config(
 
             [bakes]
             # bakes
+
+            [frozen]
+            # frozen
             """
         )
         .replace("# github", _lines({**signed, **github}))
         .replace("# runners", _lines(runners))
         .replace("# bakes", _lines(bakes))
+        .replace("# frozen", _lines(frozen))
     )
     return config
 

@@ -60,16 +60,29 @@ def bakes() -> Mapping[str, float] | None:
 
 
 @pytest.fixture(scope="module")
+def frozen() -> Mapping[str, object]:
+    """Settings of the VMs of failed jobs that are kept in this module; by default none are."""
+    return {}
+
+
+@pytest.fixture(scope="module")
 async def stage(
     engine: Engine,
     template: Snapshot,
     limits: Mapping[str, float],
     max_vms: int,
     bakes: Mapping[str, float] | None,
+    frozen: Mapping[str, object],
 ) -> AsyncIterator[Stage]:
     del template  # jobs are forked from it
     opening = Stage.open(
-        engine, files={**FILES, **JOBS}, limits=limits, times=TIMES, max_vms=max_vms, bakes=bakes
+        engine,
+        files={**FILES, **JOBS},
+        limits=limits,
+        times=TIMES,
+        max_vms=max_vms,
+        bakes=bakes,
+        frozen=frozen,
     )
     async with opening as opened:
         yield opened

@@ -18,6 +18,7 @@ _STEPS = {
     "hello": "echo hello from $(hostname)",
     "identity": "echo id=$(cat /etc/machine-id)-$(cat /proc/sys/kernel/random/uuid)",
     "fails": "echo this fails; exit 3",
+    "leaves": "echo what the job left > evidence; (echo in memory > /dev/shm/mark); exit 3",
     "panic": "echo before; sleep 1; echo c | sudo tee /proc/sysrq-trigger",
     "fill": """
         df -h .

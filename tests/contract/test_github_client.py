@@ -76,6 +76,7 @@ async def test_the_life_of_a_registration(world: World, scope: Scope) -> None:
     assert (found.online, found.busy, found.labels, found.ephemeral) == (False, False, LABELS, True)
     assert await github.get_runner(scope, made.runner_id) == found
     assert await github.find_runner(scope, "r2") is None
+    assert await github.runners(scope) == ([found], True)
     assert await github.delete_runner(scope, made.runner_id) == "deleted"
     assert await github.delete_runner(scope, made.runner_id) == "gone"
     assert await github.get_runner(scope, made.runner_id) is None

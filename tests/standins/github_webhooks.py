@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import random
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -32,6 +33,25 @@ class Sent:
     status: str = "pending"
     status_code: int = 0
     answer: bytes = b""
+    lost: bool = False
+
+    @property
+    def received(self) -> bool:
+        """Whether it really was: GitHub may believe so of one that was lost."""
+        return 200 <= self.status_code < 300 and not self.lost
+
+
+@dataclass(slots=True)
+class Unruly:
+    """A share of all deliveries is lost or doubled, and each is up to ``late`` seconds late: so they overtake.
+
+    Half of the lost ones failed, as GitHub will tell; the others it believes to have been received.
+    """
+
+    chance: random.Random
+    lost: float = 0.2
+    doubled: float = 0.2
+    late: float = 0.5
 
 
 @dataclass(slots=True)
@@ -43,6 +63,7 @@ class Mishaps:
     delay: float = 0.0
     hold: bool = False
     held: list[Sent] = field(default_factory=list)
+    unruly: Unruly | None = None
 
 
 class Webhooks:
@@ -57,6 +78,7 @@ class Webhooks:
         self._task: asyncio.Task[None] | None = None
         self._http: httpx.AsyncClient | None = None
         self._last_id = 0
+        self._under_way: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         self._http = httpx.AsyncClient(timeout=10.0, trust_env=False)
@@ -67,6 +89,9 @@ class Webhooks:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        for task in self._under_way:
+            task.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
         if self._http is not None:
             await self._http.aclose()
 
@@ -88,11 +113,34 @@ class Webhooks:
         if self.mishaps.hold:
             self.mishaps.held.append(sent)
             return sent
+        if self.mishaps.unruly is not None:
+            self._unruly(sent, self.mishaps.unruly)
+            return sent
         self._queue.put_nowait(sent)
         if self.mishaps.double > 0:
             self.mishaps.double -= 1
             self.redeliver(sent.guid)
         return sent
+
+    def _unruly(self, sent: Sent, unruly: Unruly) -> None:
+        chance = unruly.chance
+        if chance.random() < unruly.lost:
+            told = ("failed to connect", 502) if chance.random() < 0.5 else ("OK", 202)
+            (sent.status, sent.status_code), sent.delivered_at = told, time.time()
+            sent.lost = True
+            return
+        self._soon(sent, chance.random() * unruly.late)
+        if chance.random() < unruly.doubled:
+            self._soon(self._again(sent), chance.random() * unruly.late)
+
+    def _soon(self, sent: Sent, seconds: float) -> None:
+        async def deliver() -> None:
+            await asyncio.sleep(seconds)
+            await self._deliver(sent)
+
+        task = asyncio.create_task(deliver())
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
 
     def release(self, *, reverse: bool = False) -> None:
         """Send what was held back; ``reverse`` puts the last one first."""
@@ -105,9 +153,25 @@ class Webhooks:
         old = next((sent for sent in self.sent if sent.guid == guid), None)
         if old is None:
             raise KeyError(guid)
-        again = self._record(guid, old.event, old.action, old.body, old.repository_id, True)
-        again.installation_id = old.installation_id
+        again = self._again(old)
         self._queue.put_nowait(again)
+        return again
+
+    def remind(self, action: str, after: float) -> None:
+        """Redeliver what was received in no try, the last of them ``after`` seconds ago: as who looks at them would."""
+        last: dict[str, Sent] = {}
+        for sent in self.sent:
+            before = last.get(sent.guid)
+            if before is None or not before.received:
+                last[sent.guid] = sent
+        for sent in last.values():
+            tried = sent.status_code and sent.delivered_at < time.time() - after
+            if sent.action == action and tried and not sent.received:
+                self.redeliver(sent.guid)
+
+    def _again(self, old: Sent) -> Sent:
+        again = self._record(old.guid, old.event, old.action, old.body, old.repository_id, True)
+        again.installation_id = old.installation_id
         return again
 
     async def settled(self, timeout: float = 10.0) -> None:

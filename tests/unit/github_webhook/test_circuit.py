@@ -95,8 +95,8 @@ def test_a_refusal_of_one_request_is_an_answer(error: ForgeError) -> None:
 def test_the_trouble_of_one_account_holds_nobody_else() -> None:
     circuits, clock, _ = made()
     fail(circuits, clock, "a", times=50)
-    assert circuits.held("a") is not None
-    assert refused(circuits, "b") is None
+    assert [held.who for held in circuits.all()] == ["a"]
+    assert circuits.held("b") is None and refused(circuits, "b") is None
 
 
 def test_the_address_is_held_when_nobody_gets_through() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from github_webhook.errors import Forbidden, RateLimited, Unavailable
-from runner_service.domain import Held
+from runner_service.domain import Held, Runner
+from runner_service.store import queries as q
 from tests.standins.engine import FakeMachine, Write
 from tests.standins.forge import ForgeJob
 from tests.unit.runner_service.world import RUNNERS, World, until
@@ -226,6 +227,31 @@ async def test_a_refused_registration_is_told_and_braked_and_leaves_nothing(tmp_
         assert any("administration:write" in line.reason for line in story.timeline)
         await world.until_quiet()
     assert job.runs == 1
+
+
+async def test_a_failed_runner_holds_its_group_back_from_the_moment_it_is_written_down(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    world.forge.faults["register"] = [Forbidden("no permission", status=403)]
+    async with world.running() as service:
+        do = service.scheduler._steps.do
+
+        async def slow(step: q.Step) -> Runner | None:
+            """A pass falls between the commit and what follows it."""
+            after = await do(step)
+            if step.values.get("state") == "retiring":
+                service.scheduler.wake()
+                await asyncio.sleep(0.5)
+            return after
+
+        service.scheduler._steps.do = slow  # type: ignore[method-assign]
+        job = world.forge.queue()
+        await world.until_quiet(20)
+        story = await service.story(job.id)
+    first, second = [line.at for line in story.timeline if line.step == "wanted"]
+    failed = next(line.at for line in story.timeline if line.step == "retiring")
+    assert first < failed and second - failed >= 0.9
 
 
 async def test_a_rate_limit_holds_the_group_back_until_it_ends(tmp_path: Path) -> None:

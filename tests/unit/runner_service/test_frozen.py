@@ -1,6 +1,7 @@
 """VMs of failed jobs: frozen when a repository wants that, kept for a time and within limits, removed for certain."""
 
 import asyncio
+import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -11,8 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from github_webhook.errors import Unavailable
+from runner_service import audit
+from runner_service.commands.shell import command, why_not
+from runner_service.domain import Job
 from runner_service.frozen import result_in, surplus
 from runner_service.settings import Frozen as FrozenSettings
+from runner_service.settings import Settings
 from runner_service.store import frozen_queries as fq
 from runner_service.store.frozen_queries import KeptVm
 from tests.unit.runner_service.world import RUNNERS, Service, World, until
@@ -90,6 +95,42 @@ def test_the_runners_own_words_are_read_from_the_end_of_its_log(tmp_path: Path) 
     assert result_in(log) == "failure"
     log.write_bytes(log.read_bytes() + b"Job other completed with result: Succeeded\n")
     assert result_in(log) == "success"
+
+
+def test_a_shell_begins_in_the_jobs_folder_and_on_a_terminal_in_a_pseudo_terminal(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    inner = command(f"{tmp_path}/work", ["sh", "-c", "pwd; echo $0 $1", "a b", "c"], terminal=False)
+    done = subprocess.run(inner, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == f"{tmp_path}/work\na b c\n"
+    missing = subprocess.run(
+        command("/no/such", ["true"], terminal=False), capture_output=True, text=True, timeout=30, check=True
+    )
+    assert "/no/such" in missing.stderr
+    on_terminal = command(f"{tmp_path}/work", ["sh", "-c", "tty; pwd; exit 3"], terminal=True)
+    done = subprocess.run(on_terminal, input="", capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 3
+    assert "/dev/pts/" in done.stdout and f"{tmp_path}/work" in done.stdout
+    killed = command("/", ["sh", "-c", "kill -9 $$"], terminal=True)
+    assert subprocess.run(killed, input=b"", capture_output=True, timeout=30, check=False).returncode == 137
+
+
+@pytest.mark.parametrize(
+    ("state", "conclusion", "patterns", "words"),
+    [
+        ("in_progress", None, ("o/*",), "is in_progress"),
+        ("completed", "success", ("o/*",), "succeeded"),
+        ("completed", "failure", (), "[frozen]"),
+        ("completed", "failure", ("O/r",), "microvm why github-1"),
+    ],
+)
+def test_why_there_is_nothing_to_open(
+    state: str, conclusion: str | None, patterns: tuple[str, ...], words: str
+) -> None:
+    job = Job(
+        id="github-1", forge="github", forge_job_id="1", owner="o", repo="r", scope_kind="repository",
+        scope_path="o/r", labels=(), state=state, conclusion=conclusion, event_at=0, updated_at=0,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+    assert words in why_not(job, Settings(frozen=FrozenSettings(repositories=patterns)))
 
 
 # ── the whole way ────────────────────────────────────────────────────────────────────────────────
@@ -248,6 +289,12 @@ async def test_sizes_are_measured_and_limited(tmp_path: Path) -> None:
         await until(lambda: len(world.host.frozen) == 1, 10)
         (row,) = [one for one in await rows_of(service) if one.state == "frozen"]
         assert row.bytes == world.host.frozen_bytes
+        await eventually(lambda: _audited(service, "frozen.remove", "limit"))
+
+
+async def _audited(service: Service, action: str, why: str) -> bool:
+    log = await service.store.read(lambda db: audit.entries(db, limit=9))
+    return any(row.action == action and why in row.details["why"] for row in log)
 
 
 async def test_an_operator_removes_one(tmp_path: Path) -> None:
@@ -256,6 +303,10 @@ async def test_an_operator_removes_one(tmp_path: Path) -> None:
         job = world.forge.queue(fails=True)
         await world.until_quiet()
         (vm_id,) = world.host.frozen
+        log = await service.store.read(lambda db: audit.entries(db, limit=9))
+        assert [(row.who, row.action, row.target) for row in log] == [
+            ("service host-1", "frozen.freeze", vm_id)
+        ]
         await service.freezer.remove(vm_id, "removed by an operator")
         assert not world.host.frozen and not await rows_of(service)
         row = await service.store.read(lambda db: fq.find(db, f"github-{job.id}"))

@@ -61,6 +61,20 @@ async def test_repositories_that_only_the_credentials_reach_are_found(tmp_path: 
     assert [job.runs for job in jobs] == [1, 1]
 
 
+async def test_a_failed_look_at_what_the_credentials_reach_is_made_up_for_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner_service.polling._LOOK_LIMIT", 1.0)
+    world = deaf(World(tmp_path))
+    world.named = ()
+    world.forge.in_reach = [("a", "one")]
+    world.forge.faults["repositories a"] = [Unavailable("503", retryable=True)]
+    async with world.running():
+        world.forge.queue(repo="a/one")
+        await world.until_quiet(20)
+    assert not world.forge.faults["repositories a"]
+
+
 async def test_a_job_whose_cancellation_was_lost_releases_its_runner(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.poll_s = 0.2
