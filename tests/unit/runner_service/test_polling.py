@@ -162,11 +162,12 @@ async def test_one_repositorys_trouble_is_not_its_owners(tmp_path: Path, error: 
     world = deaf(World(tmp_path))
     world.named = (("o", "gone"), ("o", "r"))
     world.forge.faults["untaken o/gone"] = [error] * 1000  # type: ignore[list-item]
-    async with world.running():
+    async with world.running() as service:
         for _ in range(3):
             job = world.forge.queue()
             await world.until_quiet(20)
             assert job.runs == 1
+        assert service.poller._owners["o"].retry_at == 0.0
         assert len(world.forge.faults["untaken o/gone"]) >= 998, "it is looked at less and less often"
 
 
