@@ -33,6 +33,17 @@ class Routes:
         """Everyone's, in the order of the settings."""
         return self._routes
 
+    def reassign(self, served: Mapping[str, tuple[tuple[str, ...], bool]]) -> None:
+        """By name: whose repositories known credentials are for from now on, and whether they register there."""
+        self._routes = tuple(
+            msgspec.structs.replace(
+                route, patterns=served[route.name][0], organizations=served[route.name][1]
+            )
+            if route.name in served
+            else route
+            for route in self._routes
+        )
+
     def route(self, scope: Scope) -> Route | None:
         """Whose credentials a call in this scope needs; None when nobody's are set."""
         found = [route for route in self._routes if _serves(route, scope)]

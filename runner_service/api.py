@@ -7,6 +7,7 @@ GET  /bakes?limit=&repository=   GET /bakes/{bake}    GET /bakes/{bake}/log?offs
 GET  /vms                     POST /vms/{vm}/kill
 
 GET  /frozen                  POST /frozen/{vm}/remove              (frozen_routes.py)
+GET  /hosts   POST /drain?host=   POST /undrain?host=   POST /reload   (operation_routes.py)
 GET  /tokens  POST /tokens  DELETE /tokens/{name}   GET /audit   (access_routes.py)
 
 Who may ask what is the business of access.py. Webhooks come in on the same address unless they have their own.
@@ -38,6 +39,7 @@ from runner_service.access_routes import access_routes
 from runner_service.domain import WRITES_LOG, Bake
 from runner_service.frozen_routes import Remove, frozen_routes, none_kept
 from runner_service.joblog import JobLogs
+from runner_service.operation_routes import Orders, operation_routes
 from runner_service.problems import Document, WebRequest, data_problem, http_problem, unexpected, vmm_problem
 from runner_service.store import bake_queries as bq
 from runner_service.store import job_search
@@ -100,6 +102,7 @@ class Api:
         measure: Callable[[], None] = lambda: None,
         gate: Gate | None = None,
         remove_frozen: Remove = none_kept,
+        orders: Orders | None = None,
     ) -> None:
         self.store = store
         self.logs = logs
@@ -113,6 +116,7 @@ class Api:
         self.gate = gate or Gate(
             store, local_is_trusted=True, open_metrics=False, refused=metrics.refused, failures=Failures()
         )
+        self.orders = orders
         self.started = time.monotonic()
 
     def app(self, routers: Sequence[Router] = ()) -> Litestar:
@@ -122,6 +126,7 @@ class Api:
                 *self._routes(),
                 *access_routes(self.store),
                 *frozen_routes(self.store, self.remove_frozen, self.audited),
+                *(operation_routes(self.store, self.orders, self.audited) if self.orders is not None else ()),
                 Router("/", route_handlers=routers, opt={"access": "open"}, security=[{}]),
             ],
             guards=[self.gate],

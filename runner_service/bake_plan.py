@@ -140,6 +140,12 @@ class Planner:
         self._seen: dict[tuple[str, str], _Seen] = {}
         self._looking: dict[tuple[str, str], asyncio.Task[None]] = {}
 
+    def reconfigure(self, settings: BakeSettings, default_template: str) -> None:
+        """Other patterns and times from the next look on."""
+        self._settings = settings
+        self._default_template = default_template
+        self.wake()
+
     def wake(self) -> None:
         """A repository is new, or a branch of one moved."""
         self._woken.set()

@@ -43,7 +43,8 @@ _JITTER = 0.25
 
 class Bakes:
     """``command`` starts a bake of ``microvm``; what is baked, and where, is added. ``server`` is the forge as jobs see
-    it, when that is not where it is cloned from. ``prewarm`` makes ready what was baked, for its first job."""
+    it, when that is not where it is cloned from. ``prewarm`` makes ready what was baked, for its first job. While
+    ``held`` says so, none is started."""
 
     def __init__(
         self,
@@ -60,8 +61,10 @@ class Bakes:
         catalog: Catalog,
         metrics: Metrics,
         keep_seconds: float,
+        held: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._held = held
         self._store = store
         self._host = host
         self._settings = settings
@@ -79,6 +82,11 @@ class Bakes:
         self._woken = asyncio.Event()
         self._running: dict[int, asyncio.Task[None]] = {}
         self._pruned = 0.0
+
+    def reconfigure(self, settings: BakeSettings) -> None:
+        """Other numbers for every bake that is started from now on."""
+        self._settings = settings
+        self.wake()
 
     def wake(self) -> None:
         """Something was queued."""
@@ -110,7 +118,7 @@ class Bakes:
 
     async def _pass(self) -> None:
         now = self._clock()
-        free = self._settings.at_once - len(self._running)
+        free = 0 if self._held() else self._settings.at_once - len(self._running)
         due = await self._store.write(lambda db: self._due(db, now, max(0, free)))
         for bake in due:
             task = asyncio.create_task(self._bake(bake), name=f"bake-{bake.id}")
@@ -128,7 +136,7 @@ class Bakes:
     async def _rest(self) -> None:
         due = await self._store.read(lambda db: bq.next_due(db, self._host))
         pause = _TICK
-        if due is not None and len(self._running) < self._settings.at_once:
+        if due is not None and not self._held() and len(self._running) < self._settings.at_once:
             pause = min(_TICK, max(0.05, due - self._clock()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,6 +11,7 @@ from rich_click import RichGroup
 
 from runner_service.access_cli import audit, tokens
 from runner_service.frozen_cli import frozen, shell
+from runner_service.operations_cli import drain, reload_settings
 from runner_service.options import (
     api_option,
     config_option,
@@ -220,10 +222,14 @@ def run(
 @config_option
 @data_dir_option
 def serve(*, config: Path | None, data_dir: Path | None) -> int:
-    """Run the service: take webhooks, fork a VM per job, until SIGTERM. VMs outlive it and are adopted again."""
+    """Run the service: take webhooks, fork a VM per job, until SIGTERM. VMs outlive it and are adopted again.
+
+    SIGTERM lets jobs finish for [service] stop_grace_s, a second one ends it at once. SIGHUP reads the settings again.
+    """
     from runner_service import daemon  # noqa: PLC0415
 
-    asyncio.run(daemon.serve(settings_of(config, data_dir)))
+    load = partial(settings_of, config, data_dir)
+    asyncio.run(daemon.serve(load(), load))
     return 0
 
 
@@ -340,6 +346,8 @@ def kill(*, vm: str, config: Path | None, data_dir: Path | None, api: str | None
 
 cli.add_command(frozen)
 cli.add_command(shell)
+cli.add_command(drain)
+cli.add_command(reload_settings)
 cli.add_command(tokens)
 cli.add_command(audit)
 

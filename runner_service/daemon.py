@@ -1,7 +1,8 @@
 """The service as a process: the only file that names concrete classes and wires them together.
 
 lock the data directory → store → engine → forge → scheduler → API
-SIGTERM, SIGINT: no new work, streams end, VMs run on; the next start adopts them.
+SIGTERM, SIGINT: no new work (``stopping.py``), streams end, VMs run on; the next start adopts them.
+SIGHUP: the settings are read again (``reload.py``).
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import httpx
 import structlog
@@ -50,15 +51,19 @@ from runner_service.frozen import Freezer
 from runner_service.github_listings import GitHubListings, named, served
 from runner_service.holds import Probes, told
 from runner_service.inbox import StoreInbox
+from runner_service.ingest import ScopeOf
 from runner_service.joblog import JobLogs
+from runner_service.operation_routes import Orders
 from runner_service.polling import Poller
 from runner_service.ports import Forge
 from runner_service.redelivery import Redeliveries
 from runner_service.registrations import Registrations
+from runner_service.reload import Reload
 from runner_service.repositories import Mirrors, OriginOf, permitted_by
 from runner_service.reruns import Reruns
 from runner_service.scheduler import Scheduler
-from runner_service.settings import GitHubSettings, Settings, read_secret
+from runner_service.settings import GitHubSettings, Settings, SettingsError, read_secret
+from runner_service.stopping import Stopping, wind_down
 from runner_service.store import queries as q
 from runner_service.store.store import Store, sqlite_url
 from vmm_core.accounting import host_available_mib
@@ -73,12 +78,18 @@ _PREWARM_SECONDS = 60.0
 _GREETING_SECONDS = 5.0
 
 
-async def serve(settings: Settings) -> None:
-    """Run the service until SIGTERM or SIGINT. Raises SettingsError, StoreError, VmmError before it serves."""
+async def serve(settings: Settings, load: Callable[[], Settings] | None = None) -> None:
+    """Run the service until SIGTERM or SIGINT; ``load`` reads the settings again when they are to be reloaded.
+
+    Raises SettingsError, StoreError, VmmError before it serves.
+    """
     telemetry.configure_logging(settings.service.log_format, settings.service.log_level)
-    stopping = asyncio.Event()
+    stopping, hangup = Stopping(), asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, stopping.signal)
+    # From the first moment on: by default this signal would end the process.
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(only_one(settings.data_dir))
         listening = stack.enter_context(listen(settings.listen))
@@ -94,16 +105,28 @@ async def serve(settings: Settings) -> None:
             )
         )
         http = await stack.enter_async_context(_http())
-        service = Service(settings, store, engine, http)
+        service = Service(settings, store, engine, http, load=load or (lambda: settings))
         await stack.enter_async_context(service.running(listening, webhooks, stopping))
-        await stopping.wait()
+        reloading = asyncio.create_task(service.reload_at(hangup), name="reload")
+        await stopping.asked.wait()
         log.info("stopping", vms=service.scheduler.vms)
+        reloading.cancel()
+        end = service.reload.settings.service
+        await wind_down(service.scheduler, stopping, grace=end.stop_grace_s, vms=end.stop_vms)
 
 
 class Service:
     """All parts of one service, wired."""
 
-    def __init__(self, settings: Settings, store: Store, engine: Engine, http: httpx.AsyncClient) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        engine: Engine,
+        http: httpx.AsyncClient,
+        *,
+        load: Callable[[], Settings],
+    ) -> None:
         runners = settings.runners
         self._settings = settings
         self._store = store
@@ -115,7 +138,7 @@ class Service:
         self._logs = JobLogs(settings.data_dir / "logs", limit=runners.log_limit_mib << 20)
         self._catalog = EngineCatalog(engine)
         self._forges: dict[str, Forge] = {}
-        auth = routes(settings.github, http) if settings.github is not None else None
+        auth = self._routes = routes(settings.github, http) if settings.github is not None else None
         circuits = self._circuits = Circuits()
         interpret = github_forge.Interpreter(auth, circuits)
         self._probes: Probes | None = None
@@ -186,19 +209,10 @@ class Service:
             egress=_egress(settings),
             forge_rules=self._forge_rules(),
         )
-        rules = Rules(
-            service=settings.service.name,
-            default_template=runners.default_template,
-            extra_labels=runners.extra_labels,
-            name_prefix=runners.name_prefix,
-            fork_limit=runners.fork_limit_s,
-            limits=settings.limits,
-        )
-        scope_of = github_forge.scope_chooser(settings.github or GitHubSettings())
         decider = Decider(
-            rules,
+            _rules(settings),
             interpret=interpret,
-            scope_of=scope_of,
+            scope_of=_scope_of(settings),
             templates=self._catalog.templates,
             parents=self._catalog.parents,
             held=lambda scope: forge.held(scope) if forge is not None else None,
@@ -209,12 +223,14 @@ class Service:
             patterns=runners.rerun_on_infra_failure,
             metrics=self._metrics,
         )
+        # Measured once: later it is our own VMs that have it.
+        self._memory_mib = host_available_mib() * 8 // 10
         self.scheduler = Scheduler(
             store=store,
             flow=flow,
             decider=decider,
             hypervisor=engine,
-            host=_host(settings),
+            host=_host(settings, self._memory_mib),
             limits=limits,
             metrics=self._metrics,
             keep_seconds=settings.service.keep_days * 86400,
@@ -232,14 +248,62 @@ class Service:
         # What was held back goes on at once when its calls get through again.
         circuits.changed = self.scheduler.wake
 
+        self.reload = Reload(
+            settings,
+            load,
+            [_configure_logging, lambda new: self._reconfigure(new, flow, decider), self._reconfigure_bakes],
+        )
+
+    def _reconfigure(self, settings: Settings, flow: Flow, decider: Decider) -> None:
+        limits = Limits.of(settings.runners)
+        flow.reconfigure(limits=limits, egress=_egress(settings))
+        decider.reconfigure(_rules(settings), _scope_of(settings))
+        if self._routes is not None and settings.github is not None:
+            self._routes.reassign(
+                {
+                    app.name: (app.repositories, app.register_at == "organization")
+                    for app in settings.github.credentials
+                }
+            )
+            if self._poller is not None:
+                self._poller.reconfigure(
+                    listings=self._listings(settings.github),
+                    allowed=served(settings.github),
+                    named=named(settings.github),
+                )
+        self._freezer.reconfigure(settings.frozen)
+        self._reruns.reconfigure(settings.runners.rerun_on_infra_failure)
+        self.scheduler.reconfigure(
+            host=_host(settings, self._memory_mib),
+            limits=limits,
+            keep_seconds=settings.service.keep_days * 86400,
+        )
+
+    def _reconfigure_bakes(self, settings: Settings) -> None:
+        if self._bakes is not None and self._planner is not None:
+            self._bakes.reconfigure(settings.bakes)
+            self._planner.reconfigure(settings.bakes, settings.runners.default_template)
+
+    async def reload_at(self, hangup: asyncio.Event) -> None:
+        """Read the settings again whenever ``hangup`` is set; what is wrong with them is in the log."""
+        while True:
+            await hangup.wait()
+            hangup.clear()
+            with contextlib.suppress(SettingsError):
+                self.reload()
+
     def _make_poller(
         self, github: GitHubSettings, client: GitHub, forge: Forge, credentials: Routes
     ) -> Poller:
+        def listings(wanted: GitHubSettings) -> GitHubListings:
+            return GitHubListings(client, reached(wanted, credentials, self._http))
+
+        self._listings = listings
         return Poller(
             store=self._store,
             name=github_forge.FORGE,
             forge=forge,
-            listings=GitHubListings(client, reached(github, credentials, self._http)),
+            listings=self._listings(github),
             allowed=served(github),
             observe=self._observe,
             metrics=self._metrics,
@@ -264,11 +328,12 @@ class Service:
             catalog=self._catalog,
             metrics=self._metrics,
             keep_seconds=settings.service.keep_days * 86400,
+            held=lambda: self.scheduler.draining,
         )
 
     @contextlib.asynccontextmanager
     async def running(
-        self, listening: socket.socket, webhooks: socket.socket | None, stopping: asyncio.Event
+        self, listening: socket.socket, webhooks: socket.socket | None, stopping: Stopping
     ) -> AsyncGenerator[None]:
         """Serve: deliveries are taken (and kept) at once, runners are adopted and driven right after."""
         await self._token_for_commands()
@@ -299,7 +364,7 @@ class Service:
                 working.append(asyncio.create_task(self._planner.run(), name="planner"))
             for task in (*answering, *working):
                 # None ends by itself: if one does, the process must not pretend to serve.
-                task.add_done_callback(lambda _: stopping.set())
+                task.add_done_callback(lambda _: stopping.broken())
             # What is here now stays: the collector need not look at it again and again.
             gc.collect()
             gc.freeze()
@@ -365,6 +430,7 @@ class Service:
             measure=self._measure,
             remove_frozen=self._freezer.remove,
             gate=gate,
+            orders=Orders(self._settings.service.name, self.scheduler.wake, self.reload),
         )
 
     def _receivers(self) -> list[Router]:
@@ -410,9 +476,13 @@ class Service:
             checks.append(Check("database", True, "answers"))
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             checks.append(Check("database", False, f"{type(error).__name__}: {error}"[:300]))
+        draining = self.scheduler.draining
+        checks.append(
+            Check("draining", not draining, "takes no new work" if draining else "this host takes new work")
+        )
         free = shutil.disk_usage(self._engine.staging).free
         checks.append(Check("pool", free >= _ROOM_BYTES, f"{free >> 20} MiB free in the disk pool"))
-        default = self._settings.runners.default_template
+        default = self.reload.settings.runners.default_template
         baked = any(template.name == default for template in self._catalog.templates())
         detail = f"the default template '{default}' is {'baked' if baked else 'not baked: microvm bake ' + default}"
         checks.append(Check("template", baked, detail))
@@ -464,10 +534,10 @@ def _mirrors(settings: Settings, origin: OriginOf) -> Mirrors:
     )
 
 
-def _host(settings: Settings) -> Host:
-    """This host with what may be promised of it."""
+def _host(settings: Settings, measured_mib: int) -> Host:
+    """This host with what may be promised of it; ``measured_mib`` is what it had to spare when the service started."""
     runners, limits = settings.runners, settings.limits
-    memory = runners.memory_mib or host_available_mib() * 8 // 10
+    memory = runners.memory_mib or measured_mib
     cpus = max(1, int((os.cpu_count() or 1) * limits.cpu_overcommit)) if limits.cpu_overcommit else 0
     return Host(settings.service.name, runners.max_vms, int(memory * limits.memory_overcommit), cpus=cpus)
 
@@ -475,6 +545,26 @@ def _host(settings: Settings) -> Host:
 def _http() -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=400, max_keepalive_connections=20, keepalive_expiry=600.0)
     return httpx.AsyncClient(limits=limits, timeout=10.0, headers={"user-agent": "microvm-runner"})
+
+
+def _configure_logging(settings: Settings) -> None:
+    telemetry.configure_logging(settings.service.log_format, settings.service.log_level)
+
+
+def _rules(settings: Settings) -> Rules:
+    runners = settings.runners
+    return Rules(
+        service=settings.service.name,
+        default_template=runners.default_template,
+        extra_labels=runners.extra_labels,
+        name_prefix=runners.name_prefix,
+        fork_limit=runners.fork_limit_s,
+        limits=settings.limits,
+    )
+
+
+def _scope_of(settings: Settings) -> ScopeOf:
+    return github_forge.scope_chooser(settings.github or GitHubSettings())
 
 
 def _egress(settings: Settings) -> tuple[EgressRule, ...]:

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from runner_service import demand, labels, parents
+from runner_service import demand, drain, labels, parents
 from runner_service.dispatch import Dispatch, Rules
 from runner_service.domain import (
     Held,
@@ -43,7 +43,7 @@ _WAITING_LIMIT = 31 * 86400.0
 class Decision(msgspec.Struct):
     """What came out: runners to drive from now on, runners to wake, outcomes to count.
 
-    ``moved``: a repository is new or a branch of one moved, so that a bake may be due.
+    ``moved``: a repository is new or a branch of one moved, so that a bake may be due. ``draining``: this host is.
     """
 
     started: list[Runner] = []
@@ -55,6 +55,7 @@ class Decision(msgspec.Struct):
     processed: int = 0
     more: bool = False
     moved: bool = False
+    draining: bool = False
 
 
 Interpret = Callable[[q.InboxRow], JobEvent | Push | Ignored]
@@ -82,6 +83,11 @@ class Decider:
         self._held = held
         self._clock = clock
         self._shares = Shares()
+
+    def reconfigure(self, rules: Rules, scope_of: ScopeOf) -> None:
+        """Decide by other rules from the next pass on."""
+        self._rules = rules
+        self._scope_of = scope_of
 
     async def decide(
         self,
@@ -124,6 +130,8 @@ class Decider:
         await self._note_repositories(db, heard.values(), pushes, now)
         decision.moved = bool(heard or pushes)
         hosts = await q.live_hosts(db, now - self._rules.host_seen_s)
+        drain.release(books, hosts, now)
+        decision.draining = any(host.draining for host in hosts if host.name == self._rules.service)
         dispatch = Dispatch(
             db,
             books,

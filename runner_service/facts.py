@@ -18,10 +18,21 @@ EXIT_MEANING = {0: "ended", 1: "was terminated", 2: "asks to be retried", 3: "is
 FORCED = frozenset(
     {
         "runner_exited", "runner_failed", "runner_lost", "completed", "killed",
-        "vm_lost", "vm_died", "channel_lost", "late_busy",
+        "vm_lost", "vm_died", "channel_lost", "late_busy", "host_stopped",
     }
 )  # fmt: skip
-BENIGN = frozenset({"runner_exited", "completed", "killed", "cancelled", "late_idle", "late_busy"})
+BENIGN = frozenset(
+    {
+        "runner_exited",
+        "completed",
+        "killed",
+        "cancelled",
+        "draining",
+        "host_stopped",
+        "late_idle",
+        "late_busy",
+    }
+)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -65,6 +76,8 @@ def facts(runner: Runner, live: Live, now: float) -> Goto | None:
     if live.lost is not None and not (served and live.lost_code == "registration_gone"):
         return Goto("retiring", live.lost, live.lost_code)
     if runner.cancelled_at is not None and runner.serving_job_id is None and runner.state != "busy":
+        if runner.code == "draining":
+            return Goto("retiring", "its host is draining and it has no job yet", "draining")
         return Goto("retiring", "no job needs it any more", "cancelled")
     if now >= runner.deadline:
         return late(runner)

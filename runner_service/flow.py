@@ -114,6 +114,11 @@ class Flow:
             "gone": self._gone,
         }
 
+    def reconfigure(self, *, limits: Limits, egress: tuple[EgressRule, ...]) -> None:
+        """Other limits and further endpoints, for every VM that is started from now on."""
+        self._limits = limits
+        self._egress = egress
+
     async def step(self, runner: Runner, live: Live) -> Answer:
         """One step from the runner's state: facts first, then the state's handler within its deadline."""
         now = self.clock()

@@ -109,6 +109,10 @@ class Freezer:
         self._woken = asyncio.Event()
         self._sweeping = asyncio.Lock()
 
+    def reconfigure(self, settings: FrozenSettings) -> None:
+        """Other repositories and quotas; what is kept already keeps its time."""
+        self._settings = settings
+
     def wants(self, job: Job) -> bool:
         """Whether the VM of ``job`` is kept should it fail."""
         return matches(self._settings.repositories, f"{job.owner}/{job.repo}")

@@ -24,7 +24,11 @@ _BY_CAUSE: dict[ExitCause, str] = {
     "vmm_exited": "infra_vmm_exited",
     "expired": "infra_vm_expired",
 }
-_BY_CODE = {"channel_lost": "infra_channel_lost", "runner_lost": "infra_runner_lost"}
+_BY_CODE = {
+    "channel_lost": "infra_channel_lost",
+    "runner_lost": "infra_runner_lost",
+    "host_stopped": "infra_host_stopped",
+}
 # The same job on the same machine would end the same way.
 _OWN_DOING = {
     "infra_guest_poweroff": "the job (or something it started) powered its machine off",

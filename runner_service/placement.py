@@ -23,7 +23,9 @@ def place(need_mib: int, vcpus: int, hosts: Sequence[Host]) -> Host | NoRoom:
     """The host with most free memory that has room for one VM of ``need_mib`` MiB and ``vcpus`` vCPUs."""
     open_hosts = [h for h in hosts if not h.draining]
     if not open_hosts:
-        return NoRoom("draining", "capacity: every host is draining" if hosts else "capacity: no host")
+        if not hosts:
+            return NoRoom("no_host", "capacity: no host")
+        return NoRoom("draining", "draining: every host is draining")
     fitting = [h for h in open_hosts if h.vms < h.max_vms and _fits(need_mib, vcpus, h)]
     if fitting:
         return max(fitting, key=lambda h: (h.memory_mib - h.used_mib, h.name))

@@ -99,6 +99,20 @@ class Poller:
         for owner, repo in named:
             self._see(owner, repo)
 
+    def reconfigure(
+        self,
+        *,
+        listings: Listings,
+        allowed: Callable[[str, str], bool],
+        named: tuple[tuple[str, str], ...],
+    ) -> None:
+        """Other repositories are served from now on; which ones there are is asked anew."""
+        self._listings = listings
+        self._allowed = allowed
+        self._reached_at = 0.0
+        for owner, repo in named:
+            self._see(owner, repo)
+
     async def run(self) -> None:
         """Look and ask whenever it is time, until cancelled."""
         try:

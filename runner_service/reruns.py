@@ -66,6 +66,10 @@ class Reruns:
         self._woken = asyncio.Event()
         self._since = clock() - _FIRST_LOOK
 
+    def reconfigure(self, patterns: Sequence[str]) -> None:
+        """Other repositories, for failures that are noted from now on."""
+        self._patterns = patterns
+
     def wake(self) -> None:
         """A runner was lost to its infrastructure: note it now, not at the next tick."""
         self._woken.set()

@@ -92,6 +92,9 @@ class Scheduler:
         self._looked_again = 0.0
         self._forgot = 0.0
         self._again = False
+        self._renew_now = False
+        # As the last pass saw it: an operator's order, or the end of this service.
+        self.draining = False
 
     # ── from outside ─────────────────────────────────────────────────────────────────────────────
 
@@ -117,6 +120,37 @@ class Scheduler:
             self._lives[runner_id].wake()
             return
         await self._hypervisor.destroy(vm_id)
+
+    def reconfigure(self, *, host: Host, limits: Limits, keep_seconds: float) -> None:
+        """Other capacity and deadlines, from the next decision on; deadlines that run already stay."""
+        self._host = msgspec.structs.replace(host, draining=self._host.draining)
+        self._limits = limits
+        self._keep = keep_seconds
+        self._renew_now = True
+        self.wake()
+
+    async def drain(self) -> None:
+        """Take no new work on this host until the next start; runners without a job are let go."""
+        self._host = msgspec.structs.replace(self._host, draining=True)
+        self.draining = True
+        await self._renew()
+        self.wake()
+
+    async def emptied(self) -> None:
+        """Wait until no runner is left on this host."""
+        while self._tasks:
+            await asyncio.wait(list(self._tasks.values()))
+
+    async def end_vms(self) -> None:
+        """End every VM of this host, and wait until all is given back; the jobs on them fail."""
+        for live in self._lives.values():
+            live.lose("the service was stopped, and its VMs with it", "host_stopped")
+        await self.emptied()
+
+    @property
+    def driven(self) -> int:
+        """Runners on this host that are not gone."""
+        return len(self._tasks)
 
     @property
     def vms(self) -> int:
@@ -200,6 +234,9 @@ class Scheduler:
 
     async def _pass(self) -> None:
         started = time.perf_counter()
+        if self._renew_now:
+            self._renew_now = False
+            await self._renew()
         look_again = self._clock() - self._looked_again >= _LOOK_AGAIN
         taken: list[JobEvent] = []
 
@@ -229,6 +266,7 @@ class Scheduler:
         if decision.moved:
             self._moved()
         self._again = decision.more
+        self.draining = decision.draining
         self._count(decision, time.perf_counter() - started)
 
     def _count(self, decision: Decision, seconds: float) -> None:

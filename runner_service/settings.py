@@ -38,6 +38,7 @@ _TESTS = "MICROVM_TEST_"
 _NEAR_MISS = 0.65
 # The least that makes sense of a number, where it is not 1.
 _LEAST = {
+    "stop_grace_s": 0,
     "memory_mib": 0, "keep_days": 0.01, "timeout_s": 0.1, "every_h": 0, "poll_s": 0, "budget_mib": 0,
     "choice_limit_s": 0.05, "nice": 0, "retry_s": 0.1, "ttl_h": 0.001, "per_owner": 0, "per_repository": 0,
     "per_label": 0, "memory_overcommit": 0.1, "cpu_overcommit": 0,
@@ -59,6 +60,9 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``access``: "local" lets requests from this host itself do everything without a token, as long as ``listen`` is a
     loopback address; "token" demands one of them too. Requests from elsewhere always need one. ``webhook_listen``:
     an address for webhooks alone, which are then not served on the other. ``open_metrics``: /metrics needs no token.
+
+    At SIGTERM jobs that run have ``stop_grace_s`` to finish; what runs then goes on without the service and is taken up
+    by the next start (``stop_vms = "keep"``), or is ended (``"stop"``: before the machine itself is switched off).
     """
 
     name: str = ""
@@ -72,6 +76,8 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_format: Literal["auto", "json", "console"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     keep_days: float = 14.0
+    stop_grace_s: float = 0.0
+    stop_vms: Literal["keep", "stop"] = "keep"
 
 
 class GitHubApp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

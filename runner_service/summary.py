@@ -18,11 +18,11 @@ _ENDS = {
     "too_large": "a host with more memory ([runners] memory_mib), or a smaller template",
     "draining": "microvm drain --undo, or another host",
     "limit": "a job under the same limit ends, or the limit is raised",
-    "quota": "what the quota counts goes down, or the quota is raised",
-    "queue_full": "the queue gets shorter",
+    "queue": "the queue gets shorter, or [limits] most_queued allows more",
+    "brake": "the next try",
     "runner_taken": "its next runner comes online; the forge gave the first one to another job",
     "bake": "the bake ends: see microvm bakes",
-    "deciding": "the next pass of the scheduler, at most seconds away; if not, older jobs like it come first",
+    "deciding": "its turn comes: older jobs of its repository go first, and repositories take turns",
     "event": "the forge's next event about it",
     "forking": "the fork; it is given up after [runners] fork_limit_s",
     "registering": "the forge's answer to the registration; it is given up after [runners] fork_limit_s",
@@ -36,8 +36,8 @@ _TRIED_AGAIN = "the next try, which comes by itself; its reason has to go"
 class Wait(msgspec.Struct, frozen=True, kw_only=True):
     """What a job waits for now. ``code`` is stable, ``what`` for people; ``since`` in Unix seconds.
 
-    ``place`` of ``among``: its place among the queued jobs that the same runners serve (1 is next); None when that
-    does not decide.
+    ``place`` of ``among``: its place among the queued jobs of its repository that the same runners serve (1 is next);
+    repositories take turns. None when that does not decide.
     """
 
     code: str

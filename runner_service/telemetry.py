@@ -34,7 +34,8 @@ def configure_logging(format_: Literal["auto", "json", "console"], level: str) -
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
+        # Not cached: a reload may change the level.
+        cache_logger_on_first_use=False,
     )
     # Libraries log through the standard module: warnings only, and nothing that could print a request.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")

@@ -130,7 +130,7 @@ def _print_wait(story: views.Story) -> None:
     show.line(f"waits for: {wait.what} ({wait.code})")
     show.line(f"since:     {since}, {show.duration(wait.seconds)} ago")
     if wait.place is not None:
-        show.line(f"place:     {wait.place} of {wait.among} queued jobs that the same runners serve")
+        show.line(f"place:     {wait.place} of {wait.among} queued jobs like it in its repository")
     show.line(f"ends when: {wait.ends}")
 
 

@@ -59,14 +59,17 @@ async def near(db: AsyncConnection, ref: str, most: int = 3) -> list[str]:
 
 
 async def place(db: AsyncConnection, job: Job) -> tuple[int, int] | None:
-    """A queued job's place among those of its group, oldest first, and how many these are."""
+    """A queued job's place among those of its repository and group, oldest first, and how many these are."""
     if job.state != "queued" or job.group_key is None:
         return None
     older = sa.or_(
         jobs.c.event_at < job.event_at, sa.and_(jobs.c.event_at == job.event_at, jobs.c.id < job.id)
     )
     query = sa.select(sa.func.count(), sa.func.count().filter(older)).where(
-        jobs.c.state == "queued", jobs.c.group_key == job.group_key
+        jobs.c.state == "queued",
+        jobs.c.group_key == job.group_key,
+        jobs.c.owner == job.owner,
+        jobs.c.repo == job.repo,
     )
     among, before = (await db.execute(query)).one()
     return (before + 1, among)

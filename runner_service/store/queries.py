@@ -470,7 +470,16 @@ async def save_host(db: AsyncConnection, host: Host, now: float) -> None:
 async def live_hosts(db: AsyncConnection, seen_since: float) -> list[Host]:
     """Hosts heard of since ``seen_since``, without what is promised on them."""
     rows = await db.execute(_LIVE_HOSTS, {"since": seen_since})
-    return [Host(row.name, row.max_vms, row.memory_mib, draining=row.draining, cpus=row.cpus) for row in rows]
+    return [
+        Host(
+            row.name,
+            row.max_vms,
+            row.memory_mib,
+            draining=row.draining or row.drain_ordered_at is not None,
+            cpus=row.cpus,
+        )
+        for row in rows
+    ]
 
 
 _LIVE_HOSTS = sa.select(hosts).where(hosts.c.seen_at >= sa.bindparam("since")).order_by(hosts.c.name)

@@ -154,6 +154,7 @@ hosts = sa.Table(
     sa.Column("draining", sa.Boolean, nullable=False),
     sa.Column("seen_at", sa.Double, nullable=False),
     sa.Column("cpus", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("drain_ordered_at", sa.Double),
 )
 
 repositories = sa.Table(

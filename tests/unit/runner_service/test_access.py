@@ -27,6 +27,8 @@ from runner_service.access import (
     without_token,
 )
 from runner_service.api import Api, Check, Readiness, webhooks_alone
+from runner_service.operation_routes import Orders
+from runner_service.reload import Reloaded
 from runner_service.tokens import SCOPES, Scope, Token, TokenError
 from tests.unit.runner_service.world import Service, World
 
@@ -175,7 +177,8 @@ async def calling(
         return []
 
     api = Api(store=service.store, logs=service.logs, bake_logs=service.bake_logs, metrics=service.metrics,
-              readiness=readiness, vms=vms, kill=service.scheduler.kill, gate=gate)  # fmt: skip
+              readiness=readiness, vms=vms, kill=service.scheduler.kill, gate=gate,
+              orders=Orders("host-1", service.scheduler.wake, lambda: Reloaded("", (), ())))  # fmt: skip
     transport = httpx.ASGITransport(app=api.app(), client=peer)  # pyright: ignore
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         yield http
@@ -198,6 +201,8 @@ ROUTES: list[tuple[str, str, Scope]] = [
     ("GET", "/bakes", "read"), ("GET", "/metrics", "read"), ("GET", "/readyz", "read"),
     ("GET", "/schema/openapi.json", "read"), ("POST", "/vms/x/kill", "operate"), ("GET", "/tokens", "admin"),
     ("POST", "/tokens", "admin"), ("DELETE", "/tokens/x", "admin"), ("GET", "/audit", "admin"),
+    ("GET", "/hosts", "read"), ("POST", "/drain", "operate"), ("POST", "/undrain", "operate"),
+    ("POST", "/reload", "operate"),
 ]  # fmt: skip
 
 

@@ -8,7 +8,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from runner_service import audit
 from runner_service.api import Api, Check, Readiness
+from runner_service.operation_routes import Orders
+from runner_service.reload import Reloaded
+from runner_service.settings import SettingsError
 from runner_service.views import vm_view
 from tests.unit.runner_service.world import BAKES, Service, World, until
 
@@ -28,8 +32,12 @@ async def client(service: Service, *, ready: bool = True) -> AsyncIterator[httpx
     async def vms():
         return [vm_view(record) for record in service.engine.records()]
 
+    def refused() -> Reloaded:
+        raise SettingsError("microvm.toml: [runners] max_vms: no number")
+
     api = Api(store=service.store, logs=service.logs, bake_logs=service.bake_logs, metrics=service.metrics,
-              readiness=readiness, vms=vms, kill=service.scheduler.kill)  # fmt: skip
+              readiness=readiness, vms=vms, kill=service.scheduler.kill,
+              orders=Orders("host-1", service.scheduler.wake, refused))  # fmt: skip
     transport = httpx.ASGITransport(app=api.app())  # pyright: ignore
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         yield http
@@ -178,3 +186,23 @@ async def test_bakes_one_of_them_and_its_log(tmp_path: Path) -> None:
         'microvm_parents_total{reason="none"}' in metrics
         and 'microvm_bakes_under_way{state="queued"} 0.0' in metrics
     )
+
+
+async def test_orders_to_drain_and_to_reload_are_taken_refused_and_written_down(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.running() as service, client(service) as http:
+        drained = await http.post("/drain")
+        assert drained.status_code == 200
+        assert drained.json()["name"] == "host-1" and drained.json()["drained"] is True
+        (shown,) = (await http.get("/hosts")).json()
+        assert shown["draining"] and shown["drain_ordered_at"] and not shown["stopping"]
+        wrong = await http.post("/drain", params={"host": "nobody"})
+        assert wrong.status_code == 404 and "host-1" in wrong.json()["detail"]
+        assert (await http.post("/undrain", params={"host": "host-1"})).json()["draining"] is False
+        refused = await http.post("/reload")
+        assert refused.status_code == 422 and "max_vms" in refused.json()["detail"]
+        rows = await service.store.read(lambda db: audit.entries(db, limit=10))
+    assert [(row.action, row.target, row.outcome == audit.DONE) for row in rows] == [
+        ("settings.reload", "host-1", False), ("host.undrain", "host-1", True), ("host.drain", "nobody", False),
+        ("host.drain", "host-1", True),
+    ]  # fmt: skip

@@ -26,7 +26,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     shown = microvm("--help")
     assert shown.returncode == 0
     for command in (
-        "doctor", "bake", "templates", "run", "serve", "ps", "jobs", "why", "logs", "bakes", "kill",
+        "doctor", "bake", "templates", "run", "serve", "ps", "jobs", "why", "logs", "bakes", "kill", "drain", "reload",
     ):  # fmt: skip
         assert command in shown.stdout
     heavy = ("sqlalchemy", "litestar", "uvicorn", "vmm_core.engine", "images.bake", "httpx")

@@ -87,9 +87,11 @@ def upgrade() -> None:
         "ix_runners_fruitless", "runners", ["state", "code", "ended_at"],
         sqlite_where=_FRUITLESS, postgresql_where=_FRUITLESS,
     )  # fmt: skip
+    op.add_column("hosts", sa.Column("drain_ordered_at", sa.Double))
 
 
 def downgrade() -> None:
+    op.drop_column("hosts", "drain_ordered_at")
     op.drop_index("ix_runners_fruitless", "runners")
     op.drop_index("ix_jobs_held", "jobs")
     op.drop_index("ix_jobs_demand", "jobs")
