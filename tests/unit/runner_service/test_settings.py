@@ -6,7 +6,7 @@ import pytest
 
 from runner_service import settings
 from runner_service.credentials import WebhookSecrets
-from runner_service.settings import SettingsError
+from runner_service.settings import Service, Settings, SettingsError
 
 APP = "[[github.apps]]\nname = 'a'\n"
 OTHER = "[[github.apps]]\nname = 'b'\n"
@@ -65,6 +65,8 @@ def test_a_complete_file_and_the_environment_over_it(tmp_path: Path) -> None:
         ("[service]\nqqq = 1\n", ["'qqq'", "allowed", "data_dir"]),
         ("[service]\nlisten = 8470\n", ["[service] listen", "str"]),
         ("[service]\nlisten = 'here'\n", ["listen", "ADDRESS:PORT"]),
+        ("[service]\nwebhook_listen = 'here'\n", ["webhook_listen", "ADDRESS:PORT"]),
+        ("[service]\naccess = 'open'\n", ["[service] access", "allowed: local, token"]),
         ("[service]\nlog_format = 'xml'\n", ["log_format", "json", "console"]),
         ("[runners]\nmax_vms = 'many'\n", ["[runners] max_vms", "int", "many"]),
         ("[runners]\nmax_vms = 0\n", ["max_vms", "at least 1"]),
@@ -268,3 +270,11 @@ def test_without_webhooks_it_polls_more_often_and_needs_no_webhook_secret(tmp_pa
 def test_webhooks_without_a_secret_are_refused_with_both_ways_out() -> None:
     with pytest.raises(SettingsError, match=r'webhook_secret_files .*ingress = "poll"'):
         WebhookSecrets(settings.GitHubSettings(token_env="A"))
+
+
+def test_webhooks_have_an_address_of_their_own_only_when_it_is_another() -> None:
+    assert Settings().webhook_listen is None
+    same = Service(listen="127.0.0.1:1", webhook_listen="127.0.0.1:1")
+    assert Settings(service=same).webhook_listen is None
+    other = Service(listen="127.0.0.1:1", webhook_listen="[::]:2")
+    assert Settings(service=other).webhook_listen == ("::", 2)
