@@ -23,7 +23,7 @@ from runner_service.domain import Runner as RunnerRow
 from runner_service.domain import TimelineRow
 from runner_service.store import queries as q
 from runner_service.store.store import Store, sqlite_url
-from tests.integration.verdict import Books, untrue, waited_for_nothing
+from tests.integration.verdict import Books, heard_of, untrue, waited_for_nothing
 from tests.integration.waiting import Span, seconds
 from tests.standins.distant import HostServer
 from tests.standins.engine import FakeHost, FakeMachine, Write
@@ -468,14 +468,14 @@ class Soak:
         """Everything that is not as it must be, one sentence each; to be asked when all is over."""
         books, now = await self.books(), time.time()
         jobs = list(self.forge.actions.jobs.values())
+        heard = heard_of(self.forge.webhooks.sent)
         found = [f"a VM with a running job was destroyed: {what}" for what in self.broken_off]
         if self.most_vms > self.scale.max_vms:
             found.append(f"{self.most_vms} VMs at once, more than {self.scale.max_vms}")
         for job in jobs:
             runner = books.runners.get(job.runner_name or "")
-            what = untrue(
-                job, self.runs_of[job.id], books.jobs.get(str(job.id)), runner, job.runner_name in self.killed
-            )
+            died, row = job.runner_name in self.killed, books.jobs.get(str(job.id))
+            what = untrue(job, self.runs_of[job.id], row, runner, died=died, heard=job.id in heard)
             found += [f"job {job.id}: {what}"] if what is not None else []
         down = [Span(start, end, "the service is down") for start, end in self.down]
         gaps = waited_for_nothing(jobs, self.forge.webhooks.sent, books, down, now)

@@ -24,8 +24,13 @@ class Books(msgspec.Struct):
     lines: list[TimelineRow]
 
 
-def untrue(job: Job, runs: int, row: Row | None, runner: RunnerRow | None, died: bool) -> str | None:
-    """What is wrong with how a job ended, or with what the books say of it. ``died``: its VM was killed by us."""
+def untrue(
+    job: Job, runs: int, row: Row | None, runner: RunnerRow | None, *, died: bool, heard: bool
+) -> str | None:
+    """What is wrong with how a job ended, or with what the books say of it. ``died``: its VM was killed by us.
+
+    ``heard``: an event of it was received. A job that was over before anybody looked need not be known otherwise.
+    """
     if runs != (0 if job.started_at == job.created_at else 1):
         return f"ran {runs} times, {job.conclusion}"
     if job.conclusion not in ("success", "cancelled", "failure"):
@@ -35,8 +40,7 @@ def untrue(job: Job, runs: int, row: Row | None, runner: RunnerRow | None, died:
     if job.conclusion == "success" and runs != 1:
         return "succeeded and never ran"
     if row is None:
-        # Cancelled before anything was heard of it, and the news of that was lost as well.
-        return None if job.conclusion == "cancelled" and not runs else "the service never heard of it"
+        return "the service never heard of it" if heard else None
     if (row.state, row.conclusion) != ("completed", job.conclusion):
         return f"{job.conclusion}, but the books say {row.state} {row.conclusion}"
     if (row.runner_name or None) != job.runner_name:
@@ -77,21 +81,33 @@ def under_way(books: Books, now: float) -> list[Span]:
 
 
 def told_causes(books: Books, now: float) -> list[Span]:
-    """What the books say that jobs wait for, each until the next runner of the group is made."""
+    """What the books say that a job waits for, until a runner is made for it or it is taken; true of those like it."""
     by_id = {row.id: row for row in books.jobs.values()}
     open_: dict[str, tuple[float, str]] = {}
     spans: list[Span] = []
     for line in books.lines:
-        runner, row = books.runners.get(line.runner_id or ""), by_id.get(line.job_id or "")
-        if line.step == "wanted" and runner is not None:
-            group = _group(runner)
-            if group in open_:
-                at, why = open_.pop(group)
-                spans.append(Span(at, line.at, why, group))
-        elif runner is None and row is not None and line.waits_for:
-            group = group_of(f"{row.owner}/{row.repo}", row.labels)
-            open_.setdefault(group, (line.at, line.reason))
-    return spans + [Span(at, now, why, group) for group, (at, why) in open_.items()]
+        row = by_id.get(line.job_id or "")
+        if row is None:
+            continue
+        if line.runner_id is None and line.waits_for:
+            open_.setdefault(row.id, (line.at, line.reason))
+        elif row.id in open_ and line.step in ("wanted", "in progress", "completed"):
+            at, why = open_.pop(row.id)
+            spans.append(Span(at, line.at, why, _place(row)))
+    return spans + [Span(at, now, why, _place(by_id[job])) for job, (at, why) in open_.items()]
+
+
+def _place(row: Row) -> str:
+    return group_of(f"{row.owner}/{row.repo}", row.labels)
+
+
+def heard_of(sent: list[Sent]) -> set[int]:
+    """The jobs that an event told of."""
+    return {
+        json.loads(one.body)["workflow_job"]["id"]
+        for one in sent
+        if one.event == "workflow_job" and one.received
+    }
 
 
 def not_heard(jobs: list[Job], sent: list[Sent], books: Books, now: float) -> list[Span]:
