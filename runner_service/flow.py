@@ -5,8 +5,9 @@
       │          └────────────┴──────────┴────────│─┴──────│──┘
       └► gone                                     └────────┘ the forge says: busy
 
-wanted       a queued job needs it; waits for room (decided in ``decide.py``, which alone sees all promises).
-             ``placed`` is a line of the timeline and no state: a place is promised and the fork begun in one commit.
+wanted       a queued job needs it. Like ``placed`` a line of the timeline and no state that lasts: jobs wait, and when
+             its turn has come a place is promised and the fork begun in one commit (``dispatch.py``). Rows in this
+             state are an older version's.
 forking      the VM is forked and the registration asked for, both at once; then the runner process is started
              with one call over the channel.
 registering  the process runs in the guest; waits until it listens for jobs.
