@@ -164,6 +164,9 @@ class Api:
             under_way = await self.store.read(bq.bake_counts)
             for state in ("queued", "baking"):
                 self.metrics.bakes_under_way.labels(state).set(under_way.get(state, 0))
+            queued, oldest = await self.store.read(job_search.queue)
+            self.metrics.queue.set(queued)
+            self.metrics.oldest.set(max(0.0, time.time() - oldest) if oldest is not None else 0.0)
             self.measure()
             return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 

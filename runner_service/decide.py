@@ -23,6 +23,7 @@ from runner_service.domain import (
     Runner,
     Scope,
     Template,
+    TimelineRow,
 )
 from runner_service.fairness import Shares
 from runner_service.ingest import Books, Choose, ScopeOf, age_out, apply, serve
@@ -56,6 +57,7 @@ class Decision(msgspec.Struct):
     more: bool = False
     moved: bool = False
     draining: bool = False
+    lines: list[TimelineRow] = []
 
 
 Interpret = Callable[[q.InboxRow], JobEvent | Push | Ignored]
@@ -221,6 +223,7 @@ class Decider:
         decision.touched.update(books.facts)
         await q.save_jobs(db, [books.jobs[job_id] for job_id in books.changed_jobs])
         await q.add_timeline(db, books.lines)
+        decision.lines = books.lines
 
 
 def _used(job: Job, now: float) -> Repository:

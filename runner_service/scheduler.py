@@ -271,6 +271,7 @@ class Scheduler:
 
     def _count(self, decision: Decision, seconds: float) -> None:
         self._metrics.passes.observe(seconds)
+        self._metrics.told(decision.lines)
         for outcome, count in decision.outcomes.items():
             self._metrics.events.labels(outcome).inc(count)
         for state, count in decision.entered.items():
@@ -414,6 +415,8 @@ class Scheduler:
         after = await self._steps.do(step)
         live.changes = {}
         live.lines = []
+        if after is not None:
+            self._metrics.told(lines)
         live.ending_kept = live.ending_kept or ending is not None
         if isinstance(answer, Goto) and after is not None:
             self._entered(runner, answer, now)

@@ -2,12 +2,14 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from runner_service.domain import TimelineRow
+from runner_service.phases import Watch
 from vmm_core.machine import VmExit, VmUsage
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 21600)
@@ -42,6 +44,12 @@ def configure_logging(format_: Literal["auto", "json", "console"], level: str) -
     for noisy in ("httpx", "httpcore", "aiosqlite", "sqlalchemy.engine"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
+
+# Lines of a job's story that are steps of it, besides the states of its runner, which are counted as they are entered.
+_STEPS = {
+    "placed": "placed", "forked": "forked", "registered": "registered", "started": "started",
+    "in progress": "picked_up", "completed": "completed",
+}  # fmt: skip
 
 LABELS_KEPT = 200
 OTHER = "other"
@@ -101,6 +109,22 @@ class Metrics:
             "microvm_state_seconds", "How long runners stay in a state.", ["state"],
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
+        self.phases = Histogram(
+            "microvm_phase_seconds", "How long jobs were in each phase of their life.", ["phase"],
+            buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.waits = Histogram(
+            "microvm_wait_seconds", "How long jobs were held back, by what for.", ["reason"],
+            buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.queue = Gauge(
+            "microvm_queued_jobs", "Jobs that are queued at the forge.", registry=self.registry
+        )
+        self.oldest = Gauge(
+            "microvm_oldest_queued_seconds", "For how long the oldest of them waits.", registry=self.registry
+        )
+        self._watch = Watch()
+        self._reasons = Names()
         self.passes = Histogram(
             "microvm_pass_seconds", "One pass of the scheduler.", buckets=_SECONDS, registry=self.registry
         )
@@ -221,6 +245,16 @@ class Metrics:
                 self.vm_disk.labels(template).inc(usage.disk_private_bytes)
         for name, need in needs.items():
             self.need.labels(self._templates.of(name)).set(need)
+
+    def told(self, rows: Sequence[TimelineRow]) -> None:
+        """Measure what these lines of jobs' stories, just written, bring to an end."""
+        for row in rows:
+            if row.step in _STEPS and row.ms is not None:
+                self.steps.labels(_STEPS[row.step]).observe(max(0.0, row.ms / 1000))
+        for ended in self._watch.told(rows):
+            self.phases.labels(ended.phase).observe(ended.seconds)
+            if ended.phase == "waiting":
+                self.waits.labels(self._reasons.of(ended.reason)).observe(ended.seconds)
 
     def spent(
         self, repository: str | None, ending: VmExit | None, *, since: float | None, now: float

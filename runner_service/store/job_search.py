@@ -75,6 +75,13 @@ async def place(db: AsyncConnection, job: Job) -> tuple[int, int] | None:
     return (before + 1, among)
 
 
+async def queue(db: AsyncConnection) -> tuple[int, float | None]:
+    """How many jobs are queued, and since when (Unix seconds) the oldest of them is."""
+    query = sa.select(sa.func.count(), sa.func.min(jobs.c.event_at)).where(jobs.c.state == "queued")
+    count, oldest = (await db.execute(query)).one()
+    return count, oldest
+
+
 def unknown(ref: str, close: Sequence[str], see: str) -> str:
     """The sentence for a reference that means no job; ``see`` names where all are listed."""
     told = f"there is no job {ref[:200]!r}"

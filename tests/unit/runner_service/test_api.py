@@ -148,6 +148,12 @@ async def test_health_readiness_and_metrics(tmp_path: Path) -> None:
         metrics = (await http.get("/metrics")).text
         for name in (
             "microvm_step_seconds_bucket",
+            'microvm_step_seconds_count{step="forked"} 1.0',
+            'microvm_step_seconds_count{step="picked_up"} 1.0',
+            'microvm_phase_seconds_count{phase="forking"} 1.0',
+            'microvm_phase_seconds_count{phase="running"} 1.0',
+            "microvm_queued_jobs 0.0",
+            "microvm_oldest_queued_seconds 0.0",
             "microvm_reasons_total",
             'microvm_runners{state="busy"} 0.0',
             "microvm_vms",
