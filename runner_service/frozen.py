@@ -191,8 +191,8 @@ class Freezer:
         """One look at everything that is kept on this host."""
         async with self._sweeping:
             # In this order: a VM that is neither running nor frozen now was not about to be either.
-            running = {record.id for record in self._machines.records()}
-            found = {one.id: one for one in self._machines.frozen()}
+            running = {record.id for record in await asyncio.to_thread(self._machines.records)}
+            found = {one.id: one for one in await asyncio.to_thread(self._machines.frozen)}
             rows = await self._store.read(lambda db: fq.kept_on(db, self._host))
             for row in rows:
                 await self._settle(row, found.get(row.id), running)
@@ -264,7 +264,7 @@ class Freezer:
 
     async def _discard(self, row: KeptVm) -> None:
         """Remove it, and the copies of it that somebody looks around in: its files are theirs."""
-        for record in self._machines.records():
+        for record in await asyncio.to_thread(self._machines.records):
             if row.digest is not None and record.parent == row.digest:
                 with contextlib.suppress(VmmError):
                     await self._machines.destroy(record.id)

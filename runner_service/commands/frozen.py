@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import httpx
 import msgspec
 
-from runner_service import client
+from runner_service import audit, client
 from runner_service.client import NotThereError
 from runner_service.commands import show
-from runner_service.commands.access import note
 from runner_service.daemon import database_url
 from runner_service.frozen import BY_OPERATOR, Freezer
 from runner_service.settings import Settings
@@ -60,6 +59,7 @@ async def _remove_here(settings: Settings, vm_id: str) -> None:
         kept = await store.read(lambda db: fq.find(db, vm_id))
     if kept is None or kept.id != vm_id or kept.state == "removed":
         raise NotThereError(f"there is no frozen VM {vm_id}: see microvm frozen")
+    await note(settings, "frozen.remove", kept)
     async with Store.open(database_url(settings)) as store, Engine.open(settings.data_dir) as engine:
         freezer = Freezer(
             store=store,
@@ -70,7 +70,15 @@ async def _remove_here(settings: Settings, vm_id: str) -> None:
             metrics=Metrics(),
         )
         await freezer.remove(vm_id, BY_OPERATOR)
-    await note(settings, "frozen.remove", vm_id, job=kept.job_id)
+
+
+async def note(settings: Settings, action: str, kept: KeptVm, **details: object) -> None:
+    """A line of the audit log. Raises StoreError: what cannot be written down is not done."""
+    told = {"job": kept.job_id, **details}
+    async with Store.open(database_url(settings)) as store:
+        await store.write(
+            lambda db: audit.record(db, who=audit.local(), action=action, target=kept.id, details=told)
+        )
 
 
 async def _unmeasured() -> int:
