@@ -1,4 +1,4 @@
-"""``microvm frozen`` and ``microvm shell`` on a database alone: what is listed, and what is told when nothing is kept."""
+"""``microvm frozen`` and ``microvm shell`` on a database alone: what is listed, and told when nothing is kept."""
 
 import os
 import subprocess
