@@ -230,7 +230,9 @@ class _Turn:
         reason = answer.reason
         if answer.code in ("memory", "cpu") and self._kept is None and self._now - line.oldest >= _PATIENCE:
             self._kept = placement.largest(line.need_mib, list(self._rooms.values()))
-            self._rooms.pop(self._kept, None)
+            # Full for everybody else, rather than away: they are told so.
+            room = self._rooms[self._kept]
+            self._rooms[self._kept] = msgspec.structs.replace(room, max_vms=room.vms)
             reason = f"{reason}; what becomes free on {self._kept} is kept for it"
         return NotNow(answer.code, reason)
 
