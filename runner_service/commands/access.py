@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine
 from datetime import datetime
 from typing import Any, TypeVar, cast
 
@@ -104,23 +104,23 @@ async def noted(
         outcome = str(error)
         raise
     finally:
-        await _note(settings, action, target, details, outcome)
+        if settings.data_dir.is_dir():  # else nothing can have been done
+            try:
+                await note(settings, action, target, outcome=outcome, **details)
+            except StoreError as error:
+                sys.stderr.write(f"microvm: the audit log does not tell of this: {error}\n")
 
 
-async def _note(
-    settings: Settings, action: str, target: str, details: Mapping[str, Any], outcome: str
+async def note(
+    settings: Settings, action: str, target: str = "", *, outcome: str = audit.DONE, **details: Any
 ) -> None:
-    if not settings.data_dir.is_dir():
-        return  # nothing can have been done
-    try:
-        async with _database(settings) as store:
-            await store.write(
-                lambda db: audit.record(
-                    db, who=audit.local(), action=action, target=target, details=details, outcome=outcome
-                )
+    """Write down what a command is about to do, or did. Raises StoreError when that cannot be."""
+    async with _database(settings) as store:
+        await store.write(
+            lambda db: audit.record(
+                db, who=audit.local(), action=action, target=target, details=details, outcome=outcome
             )
-    except StoreError as error:
-        sys.stderr.write(f"microvm: the audit log does not tell of this: {error}\n")
+        )
 
 
 @contextlib.asynccontextmanager

@@ -19,7 +19,7 @@ from runner_service.client import NotThereError
 from runner_service.commands import access, service
 from runner_service.settings import Service as ServiceSettings
 from runner_service.settings import Settings, SettingsError
-from runner_service.store.store import Store, sqlite_url
+from runner_service.store.store import Store, StoreError, sqlite_url
 from tests.unit.runner_service.test_cli import microvm
 from tests.unit.runner_service.test_serving import served
 from tests.unit.runner_service.world import Service, World
@@ -163,6 +163,8 @@ async def test_an_audit_log_that_cannot_be_written_is_told_of(
     (tmp_path / "runner_service.db").mkdir()
     assert await access.noted(settings_of(tmp_path), right(), "template.pin", "x") == 0
     assert "audit log" in capsys.readouterr().err
+    with pytest.raises(StoreError):  # what must not happen without its row
+        await access.note(settings_of(tmp_path), "frozen.shell", "vm-1")
 
 
 def test_the_commands_as_they_are_typed(tmp_path: Path) -> None:
