@@ -163,3 +163,8 @@ def test_codes_are_words(waits_for: str | None, reason: str, code: str) -> None:
         )
         == code
     )
+
+
+def test_one_wait_after_another_are_two() -> None:
+    story = [row(0, "queued"), row(0, "waiting", None, "capacity"), row(2, "waiting", None, "limit")]
+    assert shown(story, until=5) == [("waiting", "capacity", 2), ("waiting", "limit", 3)]
