@@ -69,17 +69,26 @@ async def measure(engine: Engine, parent: Snapshot, progress: Progress, *, quick
         progress.update(task, advance=1, description=what)
 
     figures: dict[str, float] = {}
+
+    def tell(more: Mapping[str, float]) -> None:
+        """Each is shown once it is known: all of them take long."""
+        figures.update(more)
+        for key, value in more.items():
+            progress.console.print(f"{key} {value:.3f}", highlight=False)
+
     with tempfile.TemporaryDirectory(prefix="microvm-warm-") as scratch:
         paths = {name: await make_repository(Path(scratch) / name, sample(name)) for name in _TESTED}
         for name, path in paths.items():
             cold, warm = await _jobs(engine, name, path, plan, tick)
-            figures |= {
-                f"warm.{name}_cold_s": cold,
-                f"warm.{name}_warm_s": warm,
-                f"warm.{name}_speedup": cold / warm,
-            }
-        figures |= await _rebake(engine, paths["python"], parent, plan, tick)
-        figures |= await _keys(Path(scratch), plan, tick)
+            tell(
+                {
+                    f"warm.{name}_cold_s": cold,
+                    f"warm.{name}_warm_s": warm,
+                    f"warm.{name}_speedup": cold / warm,
+                }
+            )
+        tell(await _rebake(engine, paths["python"], parent, plan, tick))
+        tell(await _keys(Path(scratch), plan, tick))
     return figures
 
 

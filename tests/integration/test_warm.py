@@ -3,10 +3,12 @@
 import base64
 import mmap
 import re
+import shutil
 import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from images.bake import bake
@@ -15,7 +17,7 @@ from images.errors import BakeFailed, RecipeError
 from images.events import BakeEvent
 from images.warm import WarmBaked, bake_repository
 from images.warm_guest import work_folder
-from images.warm_plan import Request
+from images.warm_plan import Request, parents_of
 from scripts.programs.stage import git, runner_recipe
 from vmm_core.drivers.base import DISK, MEMORY
 from vmm_core.engine import Engine
@@ -35,9 +37,18 @@ class Repository:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @classmethod
+    def made(cls, path: Path) -> "Repository":
         path.mkdir()
-        git(self.path, "init", "-q", "-b", "main")
-        self.commit({"README.md": "A repository.\n", "requirements.txt": f"{SECOND}\n"})
+        git(path, "init", "-q", "-b", "main")
+        repository = cls(path)
+        repository.commit({"README.md": "A repository.\n", "requirements.txt": f"{SECOND}\n"})
+        return repository
+
+    def copy(self, path: Path) -> "Repository":
+        shutil.copytree(self.path, path)
+        return Repository(path)
 
     def commit(self, files: dict[str, str | None]) -> str:
         for name, text in files.items():
@@ -80,15 +91,30 @@ async def base(engine: Engine) -> Snapshot:
     return (await bake(engine, runner_recipe(engine.data_dir), progress=lambda _event: None)).snapshot
 
 
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    return Repository(tmp_path / "repository")
+class First(msgspec.Struct):
+    """The parent that the tests stand on, and what it was made of."""
+
+    repository: Repository
+    made: WarmBaked
+
+
+@pytest.fixture(scope="session")
+async def first(
+    engine: Engine, base: Snapshot, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[First]:
+    for snapshot in parents_of(engine, NAME):  # of a run that was cut short
+        engine.snapshots.remove(snapshot.digest)
+    repository = Repository.made(tmp_path_factory.mktemp("first") / "repository")
+    made = await Warmer(engine, base, repository)()
+    yield First(repository, made)
+    engine.snapshots.remove(made.digest)
 
 
 @pytest.fixture
-async def warm(engine: Engine, base: Snapshot, repository: Repository) -> AsyncIterator[Warmer]:
+async def warm(engine: Engine, base: Snapshot, first: First, tmp_path: Path) -> AsyncIterator[Warmer]:
     before = {snapshot.digest for snapshot in engine.snapshots.list()}
-    yield Warmer(engine, base, repository)
+    Catalog(engine).promote(first.made.name, first.made.digest, "for a test")
+    yield Warmer(engine, base, first.repository.copy(tmp_path / "repository"))
     made = [snapshot for snapshot in engine.snapshots.list() if snapshot.digest not in before]
     for snapshot in made:  # newest first: nothing stands on it
         engine.snapshots.remove(snapshot.digest)
@@ -100,15 +126,15 @@ def offline(snapshot: Snapshot) -> Network:
 
 
 async def test_a_fork_finds_the_checkout_and_the_dependencies_without_any_network(
-    warm: Warmer, engine: Engine, nothing_left: None
+    first: First, base: Snapshot, engine: Engine, nothing_left: None
 ) -> None:
     del nothing_left
-    made = await warm()
+    made = first.made
     assert (made.name, made.cache_hit, made.incremental) == (f"{NAME}@main", False, False)
-    assert made.commit == git(warm.repository.path, "rev-parse", "HEAD")
+    assert made.commit == git(first.repository.path, "rev-parse", "HEAD")
     parent = engine.snapshots.resolve(made.name)
     assert parent.digest == made.digest
-    assert parent.manifest.base == warm.base.digest
+    assert parent.manifest.base == base.digest
     async with engine.fork(made.name, owner="octo-org", network=offline(parent)) as vm:
         at = (await vm.exec("git rev-parse HEAD && git status --porcelain", cwd=FOLDER)).stdout.decode()
         assert at.strip() == made.commit
@@ -118,54 +144,51 @@ async def test_a_fork_finds_the_checkout_and_the_dependencies_without_any_networ
         assert (await vm.exec('python3 -c "import tabulate"')).code == 0
     # It shares what it did not change.
     own = engine.snapshots.private_bytes(made.digest)
-    assert own < engine.snapshots.private_bytes(warm.base.digest) / 2
+    assert own < engine.snapshots.private_bytes(base.digest) / 2
 
 
-async def test_the_same_key_is_baked_once_and_serves_every_branch(warm: Warmer, engine: Engine) -> None:
-    first = await warm()
+async def test_the_same_key_is_baked_once_and_serves_every_branch(
+    warm: Warmer, first: First, engine: Engine
+) -> None:
     git(warm.repository.path, "checkout", "-q", "-b", "topic/one")
     warm.repository.commit({"README.md": "Changed, but no lock file.\n"})
     second = await warm(ref="topic/one")
-    assert (second.name, second.cache_hit, second.digest) == (f"{NAME}@topic/one", True, first.digest)
-    assert engine.snapshots.resolve(f"{NAME}@topic/one").digest == first.digest
+    assert (second.name, second.cache_hit, second.digest) == (f"{NAME}@topic/one", True, first.made.digest)
+    assert engine.snapshots.resolve(f"{NAME}@topic/one").digest == first.made.digest
     forced = await warm(ref="topic/one", force=True)
-    assert (forced.cache_hit, forced.key) == (False, first.key)
-    assert forced.digest != first.digest
+    assert (forced.cache_hit, forced.key) == (False, first.made.key)
+    assert forced.digest != first.made.digest
 
 
-async def test_a_changed_lock_file_is_baked_on_top_of_the_last_parent(warm: Warmer, engine: Engine) -> None:
-    first = await warm()
+async def test_a_changed_lock_file_is_baked_on_top_of_the_last_parent(
+    warm: Warmer, first: First, engine: Engine
+) -> None:
     commit = warm.repository.commit({"requirements.txt": f"{SECOND}\n{FIRST}\n"})
     second = await warm()
     assert (second.incremental, second.commit) == (True, commit)
-    assert second.key != first.key
-    assert engine.snapshots.resolve(second.name).manifest.base == first.digest
+    assert second.key != first.made.key
+    assert engine.snapshots.resolve(second.name).manifest.base == first.made.digest
     async with engine.fork(second.name, owner="octo-org") as vm:
         assert (await vm.exec("git rev-parse HEAD", cwd=FOLDER)).stdout.decode().strip() == commit
         assert (await vm.exec('python3 -c "import tabulate, wheel_filename"')).code == 0
     history = Catalog(engine).history(second.name)
-    assert [row.digest for row in history][:2] == [second.digest, first.digest]
+    assert [row.digest for row in history][:2] == [second.digest, first.made.digest]
 
 
 async def test_a_bake_that_fails_says_where_and_leaves_the_parent_in_use(
-    warm: Warmer, engine: Engine, nothing_left: None
+    warm: Warmer, first: First, engine: Engine, nothing_left: None
 ) -> None:
     del nothing_left
-    warm.repository.commit({".microvm.yml": "install: false\n"})
-    good = await warm()
-    broken = {"requirements.txt": "no-such-package-of-anybody==9.9.9\n", ".microvm.yml": None}
-    warm.repository.commit(broken)
+    warm.repository.commit({"requirements.txt": "no-such-package-of-anybody==9.9.9\n"})
     with pytest.raises(BakeFailed) as failed:
         await warm()
     assert failed.value.step == "install: python: requirements.txt"
     assert any("no-such-package-of-anybody" in line for line in failed.value.output)
     assert "warm_egress" in failed.value.advice
-    assert engine.snapshots.resolve(good.name).digest == good.digest
+    assert engine.snapshots.resolve(first.made.name).digest == first.made.digest
 
 
-async def test_what_verify_refuses_is_not_promoted(warm: Warmer, engine: Engine) -> None:
-    warm.repository.commit({".microvm.yml": "install: false\n"})
-    good = await warm()
+async def test_what_verify_refuses_is_not_promoted(warm: Warmer, first: First, engine: Engine) -> None:
     config = """
         install: false
         verify:
@@ -177,7 +200,7 @@ async def test_what_verify_refuses_is_not_promoted(warm: Warmer, engine: Engine)
         await warm()
     assert (failed.value.step, failed.value.status) == ("verify: the answer", 3)
     assert failed.value.output == ("it is not",)
-    assert engine.snapshots.resolve(good.name).digest == good.digest
+    assert engine.snapshots.resolve(first.made.name).digest == first.made.digest
 
 
 async def test_what_the_repository_may_not_open_is_refused_by_name(warm: Warmer) -> None:
@@ -205,9 +228,8 @@ async def test_a_service_runs_in_every_fork(warm: Warmer, engine: Engine) -> Non
         assert (answer.code, answer.stdout.strip()) == (0, b"1")
 
 
-async def test_a_parent_is_forked_for_its_owner_only(warm: Warmer, engine: Engine) -> None:
-    warm.repository.commit({".microvm.yml": "install: false\n"})
-    made = await warm()
+async def test_a_parent_is_forked_for_its_owner_only(first: First, engine: Engine) -> None:
+    made = first.made
     with pytest.raises(WrongOwner):
         await engine.launch(made.name, owner="mallory")
     with pytest.raises(WrongOwner):

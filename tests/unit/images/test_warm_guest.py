@@ -123,3 +123,16 @@ def test_tools_are_told_by_version():
 def test_a_guest_without_a_stash_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(warm_guest, "STASH_PROGRAM", str(tmp_path / "nowhere.py"))
     subprocess.run(warm_guest.stash([str(tmp_path)]), check=True)
+
+
+def test_packages_of_node_are_told_without_starting_them(tmp_path: Path):
+    package = tmp_path / "lib/node_modules/npm"
+    (package / "bin").mkdir(parents=True)
+    (package / "package.json").write_text('{"name": "npm", "version": "77.1.2"}')
+    (package / "bin/npm-cli.js").write_text("#!/bin/sh\nexit 1\n")
+    (package / "bin/npm-cli.js").chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/npm").symlink_to(package / "bin/npm-cli.js")
+    environ = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    told = subprocess.run(warm_guest.tools(), check=True, capture_output=True, text=True, env=environ).stdout
+    assert json.loads(told)["npm"] == "77.1.2"
