@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vmm_core import memory
 from vmm_core.disk import FICLONE
+from vmm_core.drivers.qemu import EMULATED_CPU
 from vmm_core.guest.agent import REQUEST, encode
 from vmm_core.machine import Snapshot
 
@@ -105,7 +106,10 @@ class Floor:
             "qemu-system-x86_64",
             *("-M", "microvm,x-option-roms=off,rtc=on,acpi=on,memory-backend=mem"),
             *("-accel", self.snapshot.manifest.accel, "-smp", str(machine.vcpus), "-m", f"{self.size}M"),
-            *("-cpu", "max" if self.snapshot.manifest.accel == "tcg" else "host,arch-capabilities=off"),
+            *(
+                "-cpu",
+                EMULATED_CPU if self.snapshot.manifest.accel == "tcg" else "host,arch-capabilities=off",
+            ),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-global", "migration.store-global-state=off"),
             *(

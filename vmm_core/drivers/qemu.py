@@ -48,6 +48,9 @@ from vmm_core.process import VmmProcess
 
 BINARY = "qemu-system-x86_64"
 OLDEST = (7, 2)
+# A guest that is told of quick string instructions copies and clears its memory with them, and emulated they go byte
+# by byte: reading files is twice as quick without, compression and hashing a quarter.
+EMULATED_CPU = "max,-erms,-fsrm"
 _SAVE_SECONDS = 60.0
 _LAST_WORDS_SECONDS = 0.3
 _DEVICES_SECONDS = 10.0
@@ -79,7 +82,7 @@ def find_qemu() -> DriverInfo:
 def cpu_model(accel: Accel) -> str:
     """What a snapshot is tied to: the host's CPU under KVM, QEMU's own under software emulation."""
     if accel == "tcg":
-        return "max"
+        return EMULATED_CPU
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -90,7 +93,7 @@ def device_args(machine: MachineSpec, accel: Accel) -> list[str]:
     """The part of the command line that a clone must share with its parent."""
     args = [
         "-M", "microvm,x-option-roms=off,rtc=on,acpi=on,memory-backend=mem",
-        "-cpu", "max" if accel == "tcg" else "host,arch-capabilities=off",
+        "-cpu", EMULATED_CPU if accel == "tcg" else "host,arch-capabilities=off",
         "-smp", str(machine.vcpus),
         "-m", f"{machine.memory_mib}M",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
