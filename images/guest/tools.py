@@ -47,10 +47,10 @@ def packaged(command: str) -> "str | None":
     """The version that a package of Node.js or Python tells of itself: starting it takes seconds under emulation."""
     name = command.split(maxsplit=1)[0]
     program = os.path.realpath(shutil.which(name) or "")
-    directory, found, _ = program.partition("/node_modules/%s/" % name)
+    directory, found, _ = program.partition(f"/node_modules/{name}/")
     if found:
         try:
-            with open("%s%spackage.json" % (directory, found), encoding="utf-8") as file:
+            with open(f"{directory}{found}package.json", encoding="utf-8") as file:
                 return str(json.load(file)["version"])[:40]
         except (OSError, ValueError, KeyError):
             return None
