@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pty
+import signal
 import socket
 import sys
 import tty
@@ -75,6 +76,7 @@ async def run_agent(
         str(record),
         *(options or ("--listen", str(record / "agent.sock"))),
         env={"PATH": os.environ["PATH"], **(env or {})},
+        preexec_fn=_as_of_init,
     )
     try:
         yield Agent(record, process)
@@ -168,3 +170,9 @@ class Relay:
                     except OSError:
                         break
                 self.discarded += len(data)
+
+
+def _as_of_init() -> None:
+    """In a guest nothing is ignored from the start, whatever this run was started with (nohup, a shell's "&")."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
