@@ -399,6 +399,22 @@ class Done(msgspec.Struct, frozen=True):
 Answer = Goto | Wait | Done
 
 
+def concluded(job: Job, conclusion: str, note: str, at: float) -> JobEvent:
+    """The end of a job that its forge tells nothing of any more, as an event; ``note`` says how that is known."""
+    return JobEvent(
+        forge=job.forge,
+        forge_job_id=job.forge_job_id,
+        owner=job.owner,
+        repo=job.repo,
+        state="completed",
+        labels=job.labels,
+        seen_at=at,
+        conclusion=conclusion,
+        via="asked",
+        note=note,
+    )
+
+
 def timeline(
     runner: Runner, at: float, step: str, reason: str = "", waits_for: str | None = None
 ) -> TimelineRow:

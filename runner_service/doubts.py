@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 
 import msgspec
 
-from runner_service.domain import Job, JobEvent, JobState
+from runner_service.domain import Job, JobEvent, JobState, concluded
 
 AT_ONCE = 20
 FIRST_PAUSE = 10.0
@@ -79,15 +79,4 @@ class Doubts:
 
 def given_up(job: Job, now: float) -> JobEvent:
     """What is worked into the books for a job that the forge has known nothing of for half an hour."""
-    return JobEvent(
-        forge=job.forge,
-        forge_job_id=job.forge_job_id,
-        owner=job.owner,
-        repo=job.repo,
-        state="completed",
-        labels=job.labels,
-        seen_at=now,
-        conclusion="stale",
-        via="asked",
-        note="the forge knows no such job any more",
-    )
+    return concluded(job, "stale", "the forge knows no such job any more", now)

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from github_webhook.errors import ForgeError, NotFound
-from runner_service.domain import Job, JobEvent, RemoteRunner, Runner, Scope
+from runner_service.domain import Job, JobEvent, RemoteRunner, Runner, Scope, concluded
 from runner_service.ports import Forge
 from runner_service.store import queries as q
 from runner_service.store import registration_queries as rq
@@ -206,15 +206,5 @@ def _chosen(due: Mapping[Place, float], now: float) -> list[Place]:
 
 
 def _closed(job: Job, place: Place, now: float) -> JobEvent:
-    return JobEvent(
-        forge=job.forge,
-        forge_job_id=job.forge_job_id,
-        owner=job.owner,
-        repo=job.repo,
-        state="completed",
-        labels=job.labels,
-        seen_at=now,
-        conclusion="repository_gone",
-        via="asked",
-        note=f"the forge knows no {place.scope.path} any more, or does not show it to these credentials",
-    )
+    note = f"the forge knows no {place.scope.path} any more, or does not show it to these credentials"
+    return concluded(job, "repository_gone", note, now)
