@@ -113,11 +113,11 @@ async def first(
 @pytest.fixture
 async def warm(engine: Engine, base: Snapshot, first: First, tmp_path: Path) -> AsyncIterator[Warmer]:
     before = {snapshot.digest for snapshot in engine.snapshots.list()}
-    Catalog(engine).promote(first.made.name, first.made.digest, "for a test")
     yield Warmer(engine, base, first.repository.copy(tmp_path / "repository"))
     made = [snapshot for snapshot in engine.snapshots.list() if snapshot.digest not in before]
     for snapshot in made:  # newest first: nothing stands on it
         engine.snapshots.remove(snapshot.digest)
+    Catalog(engine).promote(first.made.name, first.made.digest, "after a test")
 
 
 def offline(snapshot: Snapshot) -> Network:
