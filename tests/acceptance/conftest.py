@@ -24,7 +24,7 @@ T = TypeVar("T")
 PATIENCE = 120.0
 # Short where GitHub is slow, so that a test of a lost runner does not wait ten minutes. A poll of a VM that was killed
 # stays open: its end tells nobody.
-TIMES = Times(session=5.0, lost_runner=5.0, poll=5.0)
+TIMES = Times(session=5.0, lost_runner=5.0, poll=5.0, pick_up=15.0)
 
 
 @pytest.fixture(scope="session")

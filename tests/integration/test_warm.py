@@ -98,7 +98,7 @@ class First(msgspec.Struct):
     made: WarmBaked
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def first(
     engine: Engine, base: Snapshot, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[First]:
