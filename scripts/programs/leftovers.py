@@ -5,6 +5,7 @@ which a living process holds for nobody yet; those of a VM that lives are told b
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import subprocess
@@ -160,7 +161,11 @@ def _mounts(slots: _Slots) -> set[str]:
 def _namespaces(running: Sequence[Seen], slots: _Slots) -> set[str]:
     """Every network namespace a process lives in or a name stands for."""
     names = [path for path in _NAMES.glob("*") if not slots.fine(path.name)]
-    fine = {path.stat().st_ino for path in _NAMES.glob("mv-*") if slots.fine(path.name)}
+    fine: set[int] = set()
+    for path in _NAMES.glob("mv-*"):
+        with contextlib.suppress(FileNotFoundError):  # it went between two looks
+            if slots.fine(path.name):
+                fine.add(path.stat().st_ino)
     lived_in = {process.netns for process in running} - fine - {0}
     return {f"name {path.name}" for path in names} | {f"inode {inode}" for inode in lived_in}
 

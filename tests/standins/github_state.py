@@ -297,6 +297,13 @@ class Actions:
     def sweep(self) -> None:
         """What happens by itself with time; called every half second."""
         now, times = time.time(), self.times
+        # Jobs first: a silent runner that one is taken back from is offline before it could be given it again.
+        for job in list(self.jobs.values()):
+            if job.status == "queued" and job.assigned_at and now - job.assigned_at > times.pick_up:
+                self._unassign(job)
+            if job.status == "queued" and now - job.created_at > times.queued:
+                self._unassign(job)
+                self._finish(job, "failure")
         for runner in list(self.runners.values()):
             silent = 0.0 if runner.polling else now - runner.seen_at
             if runner.session is not None and not runner.busy and silent > times.session:
@@ -309,10 +316,4 @@ class Actions:
                 runner.job = None
                 self._retire(runner)
                 self._finish(job, "cancelled" if deaf else "failure")
-        for job in list(self.jobs.values()):
-            if job.status == "queued" and job.assigned_at and now - job.assigned_at > times.pick_up:
-                self._unassign(job)
-            if job.status == "queued" and now - job.created_at > times.queued:
-                self._unassign(job)
-                self._finish(job, "failure")
         self.dispatch()
