@@ -8,7 +8,6 @@ A repository is watched from its first job on, if it has a parent, or if the set
 
 import asyncio
 import contextlib
-import fnmatch
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,6 +15,7 @@ import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from github_webhook.patterns import fits
 from runner_service.domain import Bake, Parent, Push, Repository, Template
 from runner_service.parents import of_repository
 from runner_service.ports import CannotLookError, Catalog, Look, Repositories
@@ -187,9 +187,7 @@ class Planner:
         self.wake()
 
     def _is_watched(self, repository: Repository) -> bool:
-        return repository.used_at is not None or any(
-            fnmatch.fnmatchcase(repository.name, pattern.lower()) for pattern in self._settings.repositories
-        )
+        return repository.used_at is not None or fits(repository.name, self._settings.repositories)
 
     def _is_due(self, repository: Repository, digests: frozenset[str], now: float) -> bool:
         seen = self._seen.get((repository.forge, repository.name))

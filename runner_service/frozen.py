@@ -17,12 +17,12 @@ from typing import Protocol
 
 import structlog
 
+from github_webhook.patterns import fits
 from images.warm_guest import work_folder
 from runner_service import audit
 from runner_service.domain import Job, Runner
 from runner_service.ports import RunnerVm
 from runner_service.settings import Frozen as FrozenSettings
-from runner_service.settings import matches
 from runner_service.store import frozen_queries as fq
 from runner_service.store import queries as q
 from runner_service.store.frozen_queries import KeptVm
@@ -115,7 +115,7 @@ class Freezer:
 
     def wants(self, job: Job) -> bool:
         """Whether the VM of ``job`` is kept should it fail."""
-        return matches(self._settings.repositories, f"{job.owner}/{job.repo}")
+        return fits(f"{job.owner}/{job.repo}", self._settings.repositories)
 
     async def freeze(self, runner: Runner, job: Job, vm: RunnerVm) -> KeptVm:
         """Freeze the VM that ``job`` failed in, which ends it. When this raises VmmError it runs on."""

@@ -17,10 +17,10 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from github_webhook.errors import ForgeError, NotFound, RateLimited
+from github_webhook.patterns import fits
 from runner_service.domain import Job, Runner, TimelineRow
 from runner_service.infrastructure import Ask, Over, next_step, not_worth, sentence
 from runner_service.ports import Forge
-from runner_service.settings import matches
 from runner_service.store import infra_queries as iq
 from runner_service.store import queries as q
 from runner_service.store.infra_queries import InfraFailure
@@ -110,7 +110,7 @@ class Reruns:
     ) -> InfraFailure | None:
         code = runner.infra or ""
         against = await self._against(db, job, code)
-        configured = matches(self._patterns, f"{job.owner}/{job.repo}")
+        configured = fits(f"{job.owner}/{job.repo}", self._patterns)
         wanted = configured and against is None
         failure = InfraFailure(
             job_id=job.id,

@@ -8,7 +8,6 @@ Secrets are never values here: a setting names the file or the environment varia
 """
 
 import difflib
-import fnmatch
 import ipaddress
 import itertools
 import math
@@ -17,7 +16,7 @@ import re
 import socket
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -330,12 +329,6 @@ def webhook_secrets(settings: GitHubSettings, environ: Mapping[str, str] | None 
         more = read_secret(file="", variable=app.webhook_secret_env, what=what, environ=environ)
         found += [more] if more is not None else []
     return tuple(dict.fromkeys(found))
-
-
-def matches(patterns: Iterable[str], repository: str) -> bool:
-    """Whether ``owner/repo`` is one of ``patterns``, such as ``owner/*``; upper and lower case are the same."""
-    name = repository.lower()
-    return any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns)
 
 
 def _source(file: Path | None, env: Mapping[str, str]) -> Path | None:

@@ -15,12 +15,13 @@ from collections.abc import Generator, Sequence
 
 import msgspec
 
+from github_webhook.patterns import fits
 from runner_service.client import NotThereError
 from runner_service.commands import attached, show
 from runner_service.commands.frozen import note
 from runner_service.daemon import database_url
 from runner_service.domain import Job
-from runner_service.settings import Settings, matches
+from runner_service.settings import Settings
 from runner_service.store import frozen_queries as fq
 from runner_service.store import job_search
 from runner_service.store.frozen_queries import KeptVm
@@ -116,7 +117,7 @@ def why_not(job: Job, settings: Settings) -> str:
         return f"job {job.id} is {job.state}: only the VM of a job that failed can be opened"
     if job.conclusion == "success":
         return f"job {job.id} succeeded: only the VM of a job that failed is kept"
-    if not matches(settings.frozen.repositories, repository):
+    if not fits(repository, settings.frozen.repositories):
         return f"VMs of {repository} are not kept: add it to repositories in [frozen], and run the job again"
     return f"the VM of job {job.id} ({job.conclusion}) was not kept: microvm why {job.id} tells more"
 
