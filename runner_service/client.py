@@ -33,6 +33,10 @@ class NotThereError(Exception):
     """What was asked for does not exist; the message is a sentence."""
 
 
+class NobodyThereError(NotThereError):
+    """No service listens at that address."""
+
+
 class Source(Protocol):
     """Where the command line reads from."""
 
@@ -86,18 +90,43 @@ async def kill(settings: Settings, api: str | None, vm_id: str) -> bool:
     address = api or announced(settings.data_dir)
     if address is None:
         return False
-    async with http_client(settings, api, address, httpx.Timeout(30.0)) as http:
-        try:
-            answer = await http.post(f"/vms/{quoted(vm_id)}/kill")
-        except httpx.ConnectError:
-            return False
-        except httpx.TransportError as error:
-            raise NotThereError(f"the service at {address} does not answer: {error}") from error
+    try:
+        answer = await send(settings, api, "POST", f"/vms/{quoted(vm_id)}/kill", address=address)
+    except NobodyThereError:
+        return False
     if answer.status_code == 404:
         raise NotThereError(f"there is no VM {vm_id}: see microvm ps")
+    content_of(answer)
+    return True
+
+
+async def send(
+    settings: Settings,
+    api: str | None,
+    method: str,
+    path: str,
+    *,
+    address: str,
+    timeout: float = 30.0,
+    **how: Any,
+) -> httpx.Response:
+    """What the service at ``address`` (``api`` if that was named) answers, errors too; ``timeout`` in seconds.
+
+    Raises NotThereError when it does not answer, SettingsError for a token that cannot be read.
+    """
+    async with http_client(settings, api, address, httpx.Timeout(timeout)) as http:
+        try:
+            return await http.request(method, path, **how)
+        except httpx.HTTPError as error:
+            kind = NobodyThereError if isinstance(error, httpx.ConnectError) else NotThereError
+            raise kind(f"the service at {address} does not answer: {error}") from error
+
+
+def content_of(answer: httpx.Response) -> bytes:
+    """The body of an answer. Raises NotThereError with the service's own sentence when it is an error."""
     if answer.is_error:
         raise NotThereError(detail_of(answer))
-    return True
+    return answer.content
 
 
 def http_client(

@@ -7,11 +7,9 @@ from collections.abc import AsyncGenerator, Coroutine
 from datetime import datetime
 from typing import Any, TypeVar, cast
 
-import httpx
 import msgspec
 
 from runner_service import audit, client, tokens
-from runner_service.client import NotThereError
 from runner_service.commands import show
 from runner_service.daemon import database_url
 from runner_service.settings import Settings
@@ -130,14 +128,8 @@ async def _database(settings: Settings, *, read_only: bool = False) -> AsyncGene
 
 
 async def _ask(settings: Settings, api: str, method: str, path: str, kind: type[T] | None, **how: Any) -> T:
-    async with client.http_client(settings, api, api, httpx.Timeout(30.0)) as http:
-        try:
-            answer = await http.request(method, path, **how)
-        except httpx.HTTPError as error:
-            raise NotThereError(f"the service at {api} does not answer: {error}") from error
-    if answer.is_error:
-        raise NotThereError(client.detail_of(answer))
-    return cast("T", None) if kind is None else msgspec.json.decode(answer.content, type=kind)
+    content = client.content_of(await client.send(settings, api, method, path, address=api, **how))
+    return cast("T", None) if kind is None else msgspec.json.decode(content, type=kind)
 
 
 def _day(at: float) -> str:

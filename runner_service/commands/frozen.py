@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Sequence
 
-import httpx
 import msgspec
 
-from runner_service import audit, client
+from runner_service import client
 from runner_service.client import NotThereError
 from runner_service.commands import show
+from runner_service.commands.access import note
 from runner_service.daemon import database_url
 from runner_service.frozen import BY_OPERATOR, Freezer
 from runner_service.settings import Settings
@@ -18,11 +18,13 @@ from runner_service.store.store import Store
 from runner_service.telemetry import Metrics
 from vmm_core.engine import Engine
 
+_REMOVE_SECONDS = 60.0
+
 
 async def listing(settings: Settings, api: str | None, limit: int, *, as_json: bool) -> int:
     if api is not None:
-        answer = await _ask(settings, api, "GET", f"/frozen?limit={limit}")
-        found = msgspec.json.decode(answer.content, type=list[KeptVm])
+        answer = await client.send(settings, api, "GET", "/frozen", address=api, params={"limit": limit})
+        found = msgspec.json.decode(client.content_of(answer), type=list[KeptVm])
     else:
         async with Store.open(database_url(settings), read_only=True) as store:
             found = await store.read(lambda db: fq.list_kept(db, limit))
@@ -46,7 +48,10 @@ async def remove(settings: Settings, api: str | None, vms: Sequence[str]) -> int
     """On this host beside a running service, or through one elsewhere."""
     for vm_id in vms:
         if api is not None:
-            await _ask(settings, api, "POST", f"/frozen/{client.quoted(vm_id)}/remove")
+            path = f"/frozen/{client.quoted(vm_id)}/remove"
+            client.content_of(
+                await client.send(settings, api, "POST", path, address=api, timeout=_REMOVE_SECONDS)
+            )
         else:
             await _remove_here(settings, vm_id)
         sys.stdout.write(f"{vm_id} is removed\n")
@@ -59,7 +64,7 @@ async def _remove_here(settings: Settings, vm_id: str) -> None:
         kept = await store.read(lambda db: fq.find(db, vm_id))
     if kept is None or kept.id != vm_id or kept.state == "removed":
         raise NotThereError(f"there is no frozen VM {vm_id}: see microvm frozen")
-    await note(settings, "frozen.remove", kept)
+    await note(settings, "frozen.remove", kept.id, job=kept.job_id)
     async with Store.open(database_url(settings)) as store, Engine.open(settings.data_dir) as engine:
         freezer = Freezer(
             store=store,
@@ -72,25 +77,5 @@ async def _remove_here(settings: Settings, vm_id: str) -> None:
         await freezer.remove(vm_id, BY_OPERATOR)
 
 
-async def note(settings: Settings, action: str, kept: KeptVm, **details: object) -> None:
-    """A line of the audit log. Raises StoreError: what cannot be written down is not done."""
-    told = {"job": kept.job_id, **details}
-    async with Store.open(database_url(settings)) as store:
-        await store.write(
-            lambda db: audit.record(db, who=audit.local(), action=action, target=kept.id, details=told)
-        )
-
-
 async def _unmeasured() -> int:
     return 0
-
-
-async def _ask(settings: Settings, api: str, method: str, path: str) -> httpx.Response:
-    async with client.http_client(settings, api, api, httpx.Timeout(60.0)) as http:
-        try:
-            answer = await http.request(method, path)
-        except httpx.HTTPError as error:
-            raise NotThereError(f"the service at {api} does not answer: {error}") from error
-    if answer.is_error:
-        raise NotThereError(client.detail_of(answer))
-    return answer

@@ -4,7 +4,6 @@ import asyncio
 import sys
 from typing import Any, TypeVar
 
-import httpx
 import msgspec
 from rich.console import Console
 
@@ -88,13 +87,7 @@ async def _ask(
         raise SettingsError(
             f"no service runs on {settings.data_dir}: start it with microvm serve, or name another with --api"
         )
-    async with client.http_client(settings, api, address, httpx.Timeout(30.0)) as http:
-        try:
-            answer = await http.request(method, path, params=params)
-        except httpx.TransportError as error:
-            raise client.NotThereError(f"the service at {address} does not answer: {error}") from error
+    answer = await client.send(settings, api, method, path, address=address, params=params)
     if answer.status_code == 422:
         raise SettingsError(client.detail_of(answer))
-    if answer.is_error:
-        raise client.NotThereError(client.detail_of(answer))
-    return msgspec.json.decode(answer.content, type=kind)
+    return msgspec.json.decode(client.content_of(answer), type=kind)

@@ -18,7 +18,7 @@ import msgspec
 from github_webhook.patterns import fits
 from runner_service.client import NotThereError
 from runner_service.commands import attached, show
-from runner_service.commands.frozen import note
+from runner_service.commands.access import note
 from runner_service.daemon import database_url
 from runner_service.domain import Job
 from runner_service.settings import Settings
@@ -53,7 +53,7 @@ async def shell(settings: Settings, wish: Wish) -> int:
     async with Store.open(database_url(settings), read_only=True) as store:
         kept = await _find(store, settings, wish.job)
     # Before it is opened: nobody can look into it without a line about it.
-    await note(settings, "frozen.shell", kept, user=wish.user, network=wish.network)
+    await note(settings, "frozen.shell", kept.id, job=kept.job_id, user=wish.user, network=wish.network)
     terminal = not wish.argv and sys.stdin.isatty() and sys.stdout.isatty()
     return await attached.interruptible(_open(settings, wish, kept, terminal=terminal))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runner_service import audit
-from runner_service.commands.frozen import note
+from runner_service.commands.access import note
 from runner_service.settings import load
 from runner_service.store import frozen_queries as fq
 from runner_service.store.store import Store, sqlite_url
@@ -36,7 +36,7 @@ async def test_what_is_kept_is_listed_and_what_is_not_is_a_sentence(tmp_path: Pa
     async with Store.open(sqlite_url(tmp_path / "runner_service.db")) as store:
         await store.write(lambda db: fq.begin(db, kept(7, at=1.0, expires=9e9, size=3 << 20)))
         settings = load(environ={"MICROVM_DATA_DIR": str(tmp_path)})
-        await note(settings, "frozen.shell", kept(7), user="runner")
+        await note(settings, "frozen.shell", kept(7).id, job=kept(7).job_id, user="runner")
         (row,) = await store.read(lambda db: audit.entries(db, limit=9))
     assert (row.action, row.target, row.details) == (
         "frozen.shell",
